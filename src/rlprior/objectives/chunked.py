@@ -1,0 +1,298 @@
+"""Losses on `hidden x weight` without the [N, V] logits, and on given logits, with gradients in closed form.
+
+The logits of a chunk of positions exist only while the chunk is processed. Where the loss is summed, its gradient is
+formed in the same pass, so that the whole costs three matrix products, as cross-entropy on full logits does. Where every
+position's loss is returned, the backward pass computes the logits again: the gradient of the weight mixes positions
+whose upstream gradients are not known before.
+
+Shape suffixes: N flattened positions, R positions of a chunk, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from rlprior.objectives.batch import TokenBatch, TokenMetrics
+from rlprior.objectives.closed_form import RowPlan, Scratch, evaluate_rows_
+
+# Measured on CPU: below 256 rows matrix products lose speed, and smaller blocks lose it to the overhead of each pass.
+CPU_CHUNK_ROWS = 256
+CPU_BLOCK_ELEMENTS = 2**20
+# Elsewhere products need thousands of rows, and one block is one chunk.
+DEVICE_CHUNK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What a loss needs beside its differentiable tensors.
+
+    Attributes:
+        batch: flattened targets.
+        plan: what to compute for each row.
+        summed: return the sum instead of a loss for each position.
+        compute_dtype: dtype of the logits.
+    """
+
+    batch: TokenBatch
+    plan: RowPlan
+    summed: bool
+    compute_dtype: torch.dtype
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """Dtype of sums, losses and metrics."""
+        return statistics_dtype(self.compute_dtype)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 logits, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def linear_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, request: LossRequest
+) -> tuple[Tensor, TokenMetrics | None]:
+    """Weighted loss of the logits `hidden @ weight.T`, one sum or [N], and the metrics if the plan wants them."""
+    records_grad = torch.is_grad_enabled()
+    function = _SummedLinearLoss if request.summed else _LinearLoss
+    return _unpack(_apply(function, hidden_ND, weight_VD, request, records_grad), request)
+
+
+def logits_loss(logits_NV: Tensor, request: LossRequest) -> tuple[Tensor, TokenMetrics | None]:
+    """Weighted loss of given logits, one sum or [N], and the metrics if the plan wants them."""
+    loss_N, metrics = _unpack(_apply(_LogitsLoss, logits_NV, request, torch.is_grad_enabled()), request)
+    return (loss_N.sum() if request.summed else loss_N), metrics
+
+
+def refuse_double_backward() -> None:
+    """Raise where the backward pass is itself recorded: closed-form and surrogate gradients have no valid second one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "rlprior.objectives does not support double backward; differentiate without create_graph=True"
+        )
+
+
+def _apply(function: type[Function], *args: object) -> tuple[Tensor, ...]:
+    apply = cast(Callable[..., tuple[Tensor, ...]], function.apply)  # pyright: ignore[reportUnknownMemberType]
+    return apply(*args)
+
+
+def _unpack(outputs: tuple[Tensor, ...], request: LossRequest) -> tuple[Tensor, TokenMetrics | None]:
+    return outputs[0], (TokenMetrics(*outputs[1:]) if request.plan.wants_metrics else None)
+
+
+class _SummedLinearLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, request: LossRequest, records_grad: bool
+    ) -> tuple[Tensor, ...]:
+        wants_hidden, wants_weight = (records_grad and needed for needed in ctx.needs_input_grad[:2])
+        result = _Pass(request, hidden_ND.device)
+        result.run_linear(hidden_ND, weight_VD, None, wants_hidden=wants_hidden, wants_weight=wants_weight)
+        ctx.save_for_backward(result.hidden_gradient_ND, result.weight_gradient_VD)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype)
+        return _finish(ctx, result.loss_N.sum(), result.metrics)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if upstream[0] is None:
+            return None, None, None, None
+        hidden_gradient_ND, weight_gradient_VD = ctx.saved_tensors
+        scale_11 = upstream[0].reshape(1, 1)
+        return (
+            _scale(hidden_gradient_ND, scale_11, ctx.dtypes[0]),
+            _scale(weight_gradient_VD, scale_11, ctx.dtypes[1]),
+            None,
+            None,
+        )
+
+
+class _LinearLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, request: LossRequest, records_grad: bool
+    ) -> tuple[Tensor, ...]:
+        result = _Pass(request, hidden_ND.device)
+        result.run_linear(hidden_ND, weight_VD, None, wants_hidden=False, wants_weight=False)
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.request = request
+        return _finish(ctx, result.loss_N, result.metrics)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if upstream[0] is None:
+            return None, None, None, None
+        hidden_ND, weight_VD = ctx.saved_tensors
+        request = replace(ctx.request, plan=replace(ctx.request.plan, metrics_top_k=None))
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        result = _Pass(request, hidden_ND.device)
+        result.run_linear(
+            hidden_ND, weight_VD, upstream[0], wants_hidden=wants_hidden, wants_weight=wants_weight
+        )
+        return (
+            _cast(result.hidden_gradient_ND, hidden_ND.dtype),
+            _cast(result.weight_gradient_VD, weight_VD.dtype),
+            None,
+            None,
+        )
+
+
+class _LogitsLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, request: LossRequest, records_grad: bool) -> tuple[Tensor, ...]:
+        result = _Pass(request, logits_NV.device)
+        gradient_NV = torch.zeros_like(logits_NV) if records_grad and ctx.needs_input_grad[0] else None
+        result.run_logits(logits_NV, gradient_NV)
+        ctx.save_for_backward(gradient_NV)
+        ctx.kept = request.batch.kept
+        return _finish(ctx, result.loss_N, result.metrics)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        (gradient_NV,) = ctx.saved_tensors
+        if upstream[0] is None or gradient_NV is None:
+            return None, None, None
+        scale_N = upstream[0]
+        if ctx.kept is not None:  # whatever arrives at an ignored position, its gradient is 0
+            scale_N = torch.zeros_like(scale_N).index_copy_(0, ctx.kept, scale_N[ctx.kept])
+        return _scale(gradient_NV, scale_N[:, None], gradient_NV.dtype), None, None
+
+
+def _finish(ctx: Any, loss: Tensor, metrics: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    ctx.mark_non_differentiable(*metrics)
+    ctx.set_materialize_grads(False)
+    return (loss, *metrics)
+
+
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
+
+
+def _scale(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Product rounded once, to `dtype`; never in place, so that a retained graph can run backward again."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+class _Pass:
+    """One pass over the positions; its attributes are what came out of it."""
+
+    def __init__(self, request: LossRequest, device: torch.device) -> None:
+        num_positions = request.batch.targets_N.numel()
+        self.request = request
+        self.loss_N = torch.zeros(num_positions, dtype=request.statistics_dtype, device=device)
+        self.metrics: tuple[Tensor, ...] = ()
+        if request.plan.wants_metrics:
+            self.metrics = tuple(torch.full_like(self.loss_N, torch.nan) for _ in fields(TokenMetrics))
+        self.hidden_gradient_ND: Tensor | None = None
+        self.weight_gradient_VD: Tensor | None = None
+        self._scratch = Scratch()
+
+    def run_linear(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        upstream_N: Tensor | None,
+        *,
+        wants_hidden: bool,
+        wants_weight: bool,
+    ) -> None:
+        """Losses of `hidden @ weight.T` and the gradients wanted, each position's scaled by `upstream_N` (None is 1)."""
+        dtype = self.request.statistics_dtype
+        if wants_hidden:
+            self.hidden_gradient_ND = torch.zeros_like(hidden_ND, dtype=dtype)
+        if wants_weight:
+            self.weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype)
+        weight_VD = weight_VD.to(self.request.compute_dtype)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here
+            for start, stop in self._chunks(_chunk_rows(hidden_ND.device, weight_VD.shape[0])):
+                self._run_chunk(hidden_ND, weight_VD, start, stop, upstream_N)
+
+    def _run_chunk(
+        self, hidden_ND: Tensor, weight_VD: Tensor, start: int, stop: int, upstream_N: Tensor | None
+    ) -> None:
+        rows = self.request.batch.positions(start, stop)
+        hidden_RD = hidden_ND[rows].to(self.request.compute_dtype)
+        logits_RV = self._multiply(hidden_RD, weight_VD)
+        wants_gradient = self.hidden_gradient_ND is not None or self.weight_gradient_VD is not None
+        self._evaluate_chunk_(
+            logits_RV, start, self._gradient_scale(rows, upstream_N) if wants_gradient else None
+        )
+        if self.hidden_gradient_ND is not None:
+            self.hidden_gradient_ND[rows] = _product(logits_RV, weight_VD)
+        if self.weight_gradient_VD is not None and hidden_RD.dtype == logits_RV.dtype:
+            self.weight_gradient_VD.addmm_(logits_RV.t(), hidden_RD)
+        elif self.weight_gradient_VD is not None:
+            self.weight_gradient_VD.add_(_product(logits_RV.t(), hidden_RD))
+
+    def run_logits(self, logits_NV: Tensor, gradient_NV: Tensor | None) -> None:
+        """Losses of given logits; the gradient is written to `gradient_NV`, which holds zeros."""
+        with torch.autocast(logits_NV.device.type, enabled=False):
+            for start, stop in self._chunks(_chunk_rows(logits_NV.device, logits_NV.shape[1])):
+                rows = self.request.batch.positions(start, stop)
+                chunk_RV = logits_NV[rows]
+                logits_RV = self._scratch.take("logits", self.loss_N, tuple(chunk_RV.shape)).copy_(chunk_RV)
+                scale_R = None if gradient_NV is None else self._gradient_scale(rows, None)
+                self._evaluate_chunk_(logits_RV, start, scale_R)
+                if gradient_NV is not None:
+                    gradient_NV[rows] = logits_RV.to(gradient_NV.dtype)
+
+    def _chunks(self, max_rows: int) -> Iterator[tuple[int, int]]:
+        num_targets = self.request.batch.num_targets
+        for start in range(0, num_targets, max_rows):
+            yield start, min(start + max_rows, num_targets)
+
+    def _multiply(self, hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
+        logits_RV = self._scratch.take("logits", self.loss_N, (hidden_RD.shape[0], weight_VD.shape[0]))
+        if hidden_RD.dtype == logits_RV.dtype:
+            return torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
+        return logits_RV.copy_(hidden_RD @ weight_VD.t())
+
+    def _gradient_scale(self, rows: slice | Tensor, upstream_N: Tensor | None) -> Tensor:
+        weights_N = self.request.batch.weights_N
+        scale_R = torch.ones_like(self.loss_N[rows]) if upstream_N is None else upstream_N[rows]
+        return scale_R if weights_N is None else scale_R * weights_N[rows]
+
+    def _evaluate_chunk_(self, logits_RV: Tensor, start: int, scale_R: Tensor | None) -> None:
+        """Record losses and metrics from the `start`-th position on, and leave the gradient in `logits_RV`."""
+        batch = self.request.batch
+        num_rows, block_rows = logits_RV.shape[0], _block_rows(logits_RV)
+        for low in range(0, num_rows, block_rows):
+            high = min(low + block_rows, num_rows)
+            rows = batch.positions(start + low, start + high)
+            block = batch.select(rows)
+            scale_N = None if scale_R is None else scale_R[low:high]
+            result = evaluate_rows_(logits_RV[low:high], block, self.request.plan, self._scratch, scale_N)
+            self.loss_N[rows] = result.loss if block.weights_N is None else result.loss * block.weights_N
+            if result.metrics is not None:
+                for whole_N, part_N in zip(self.metrics, result.metrics.tensors(), strict=True):
+                    whole_N[rows] = part_N
+
+
+def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+    if device.type != "cpu":
+        return DEVICE_CHUNK_ROWS
+    return max(CPU_CHUNK_ROWS, CPU_BLOCK_ELEMENTS // vocabulary)
+
+
+def _block_rows(logits_NV: Tensor) -> int:
+    if logits_NV.device.type != "cpu":
+        return DEVICE_CHUNK_ROWS
+    return max(1, CPU_BLOCK_ELEMENTS // logits_NV.shape[1])
+
+
+def _product(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient @ factor` in the wider dtype of `gradient`, with the speed of that of `factor` where there is any."""
+    if gradient.is_cuda and gradient.dtype != factor.dtype:
+        return torch.mm(gradient.to(factor.dtype), factor, out_dtype=gradient.dtype)
+    return gradient @ factor.to(gradient.dtype)
