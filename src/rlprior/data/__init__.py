@@ -1,0 +1,1 @@
+"""From raw text to batches: sources, tokenizer, the prepared corpus and packing."""

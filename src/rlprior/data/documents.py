@@ -1,0 +1,276 @@
+"""Documents of every kind of source, each with the side of the held-out split it is on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlprior.config import RunError, UsageError
+from rlprior.data.config import DataConfig, SourceConfig, template_fields
+from rlprior.data.embedded import read_code, read_english
+from rlprior.tasks.config import TaskConfig, load_task, resolve_path
+from rlprior.tasks.files import check_text, read_json_lines
+from rlprior.tasks.problem import Problem
+from rlprior.tasks.synthetic import Split, generate_problems
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a source.
+
+    Attributes:
+        source: name of the source.
+        text: any Unicode text, not blank.
+        split_key: what the held-out split hashes: documents with one key land on one side.
+    """
+
+    source: str
+    text: str
+    split_key: str
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the text: copies share it."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def read_documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[Document, bool]]:
+    """Documents of a source in a fixed order, and whether each is held out.
+
+    With `held_out = "hash"` a document is held out where the first 32 bits of its split key's SHA-256 are below
+    `held_out_fraction` of their range: a property of the text, the same in every corpus. Generated problems use their own
+    split instead: training text from its training side, held-out text from its test side.
+
+    Raises:
+        UsageError: a path that names no file, a missing field, or an extra that is not installed.
+        RunError: content that cannot be used, with file and line or byte; no documents at all.
+    """
+    num_bytes, num_documents = 0, 0
+    for document, held_out in _read_sides(source, config):
+        if not document.text.strip():
+            continue
+        yield document, held_out
+        num_documents += 1
+        num_bytes += len(document.text.encode())
+        if source.max_bytes is not None and num_bytes >= source.max_bytes:
+            break
+    if num_documents == 0:
+        raise RunError(f"source {source.name!r}: no documents; check its path and template")
+
+
+def _read_sides(source: SourceConfig, config: DataConfig) -> Iterator[tuple[Document, bool]]:
+    if source.problems is not None and source.problems.kind == "synthetic":
+        yield from _generated_problems(source, source.problems, config)
+        return
+    for text, key in _read_texts(source, config):
+        text = _stripped(text, source)
+        split_key = text if key is None else key
+        held_out = _is_held_out(split_key, source, config.held_out_fraction)
+        pieces = _pieces(text, source.max_document_bytes)
+        for piece in itertools.islice(pieces, 1) if held_out else pieces:
+            yield Document(source.name, piece, split_key), held_out
+
+
+def _stripped(text: str, source: SourceConfig) -> str:
+    return re.sub(source.strip_pattern, "", text) if source.strip_pattern else text
+
+
+def _pieces(text: str, max_bytes: int | None) -> Iterator[str]:
+    """`text` cut at line ends into runs of at most `max_bytes`; a longer line is a piece by itself."""
+    if max_bytes is None or len(text.encode()) <= max_bytes:
+        yield text
+        return
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        length = len(line.encode())
+        if lines and size + length > max_bytes:
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += length
+    yield "".join(lines)
+
+
+def _is_held_out(split_key: str, source: SourceConfig, fraction: float) -> bool:
+    if source.held_out != "hash":
+        return source.held_out == "all"
+    digest = hashlib.sha256(split_key.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < fraction * 2**32
+
+
+def _generated_problems(
+    source: SourceConfig, task: TaskConfig, config: DataConfig
+) -> Iterator[tuple[Document, bool]]:
+    num_train = source.num_problems or 0
+    sides: list[tuple[Split, int]] = []
+    if source.held_out != "none":
+        sides.append(("test", max(1, round(num_train * config.held_out_fraction))))
+    if source.held_out != "all":
+        sides.append(("train", num_train))
+    for split, num_problems in sides:
+        for problem in generate_problems(
+            families=task.families,
+            difficulties=task.difficulties,
+            num_problems=num_problems if task.limit is None else min(num_problems, task.limit),
+            split=split,
+            seed=config.seed,
+            unique=False,
+        ):
+            yield Document(source.name, _stripped(problem.text, source), problem.id), split == "test"
+
+
+def _read_texts(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, str | None]]:
+    """Texts of any source but generated problems, and their split keys where that is not the text itself."""
+    if source.kind == "embedded_english":
+        yield from read_english()
+    elif source.kind == "embedded_code":
+        yield from read_code()
+    elif source.problems is not None:
+        yield from ((problem.text, None) for problem in _file_problems(source.problems, config))
+    elif source.kind == "text":
+        for path in source_files(source, config):
+            yield from ((text, None) for text in _read_text_file(path, source.document_start))
+    else:
+        fields = template_fields(source.template)
+        for where, record in _read_records(source, config, fields):
+            yield fill_template(source.template, fields, record, where), None
+
+
+def _file_problems(task: TaskConfig, config: DataConfig) -> list[Problem]:
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    return load_task(task, split="train", num_problems=None, seed=config.seed, data_dir=data_dir)
+
+
+def source_files(source: SourceConfig, config: DataConfig) -> list[Path]:
+    """Files that a source is read from, in order; none for the kinds that read no files of the user's.
+
+    Raises:
+        UsageError: the path names no file.
+    """
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    if source.problems is not None and source.problems.path:
+        return [resolve_path(source.problems.path, data_dir)]
+    if source.path is None or source.kind == "hub":
+        return []
+    pattern = resolve_path(source.path, data_dir)
+    matches = [pattern]
+    if not pattern.is_file():
+        matches = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    files = [file for file in matches if file.is_file()]
+    if not files:
+        raise UsageError(
+            f"source {source.name!r}: {pattern}: no such file; correct `path` or the data directory"
+        )
+    return files
+
+
+def _read_text_file(path: Path, document_start: str | None) -> Iterator[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not text.strip():
+        raise RunError(f"{path}: the file is empty; it needs text")
+    starts = (
+        [match.start() for match in re.finditer(document_start, text, re.MULTILINE)] if document_start else []
+    )
+    borders = sorted({0, *starts, len(text)})
+    yield from (text[start:stop] for start, stop in itertools.pairwise(borders))
+
+
+def _read_records(
+    source: SourceConfig, config: DataConfig, fields: tuple[str, ...]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each record is, and the record."""
+    if source.kind == "hub":
+        yield from _read_hub(source, config)
+        return
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+        "jsonl": read_json_lines,
+        "parquet": lambda path: _read_parquet(path, fields),
+    }
+    for path in source_files(source, config):
+        for number, record in readers[source.kind](path):
+            yield f"{path}:{number}", record
+
+
+def _read_parquet(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(
+            f"{path}: parquet files need pyarrow; install it with: pip install 'rlprior[parquet]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                raise RunError(f"{path}: the file is empty; it needs rows")
+            for name in fields:
+                if name not in file.schema_arrow.names:
+                    raise _missing_field(name, file.schema_arrow.names, str(path))
+            batches = file.iter_batches(columns=list(fields))
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from enumerate(rows, start=1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RunError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
+
+
+def _read_hub(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"source {source.name!r}: the hub needs the datasets package; install it with: pip install 'rlprior[hub]'"
+        ) from None
+    identity = source.path or ""
+    local = resolve_path(identity, Path(config.data_dir) if config.data_dir else None)
+    try:
+        rows = datasets.load_dataset(
+            str(local) if local.exists() else identity,
+            name=source.hub_subset,
+            split=source.hub_split,
+            streaming=True,
+        )
+        for number, record in enumerate(rows, start=1):
+            yield f"{identity}:{number}", record
+    except Exception as error:  # whatever the hub's client, its file formats and the network raise
+        raise RunError(
+            f"source {source.name!r}: data set {identity!r} could not be read from the hub: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def fill_template(template: str, fields: tuple[str, ...], record: Mapping[str, Any], where: str) -> str:
+    """Text of a record.
+
+    Raises:
+        UsageError: the record has no such field; names those it has.
+        RunError: a field that is neither text nor a number.
+
+    >>> fill_template("Q: {q}", ("q",), {"q": "1+1"}, "file:1")
+    'Q: 1+1'
+    """
+    for name in fields:
+        if name not in record:
+            raise _missing_field(name, record, where)
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise RunError(f"{where}: field {name!r} must be text, not {type(value).__name__}")
+    return check_text(template.format_map(record), where)
+
+
+def _missing_field(name: str, existing: Iterable[str], where: str) -> UsageError:
+    names = ", ".join(map(repr, existing)) or "none"
+    return UsageError(f"{where}: no field {name!r}; it has {names}: correct `template`")

@@ -1,0 +1,145 @@
+"""Problems from JSON Lines files: GSM8K's `question` and `answer`, or MATH's `problem` and `solution`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlprior.config import RunError, UsageError
+from rlprior.tasks.problem import Problem, question_id, question_prompt
+from rlprior.tasks.verify import canonical_answer, is_number, last_boxed
+
+_CALCULATOR_MARKS = re.compile(r"<<[^>]*>>")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and lines of a UTF-8 file, `.gz` or not, without line ends.
+
+    Raises:
+        UsageError: there is no such file.
+        RunError: a byte that is not UTF-8 (with its offset in the uncompressed file), or a damaged archive.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of a data file")
+    offset = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    position = offset + error.start
+                    raise RunError(
+                        f"{path}: byte {position} is not UTF-8; convert the file to UTF-8"
+                    ) from None
+                offset += len(line)
+                yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+    except (EOFError, zlib.error, OSError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and objects of a JSON Lines file, `.gz` or not; blank lines are skipped.
+
+    Raises:
+        UsageError: there is no such file.
+        RunError: an empty file, or a line that is not a JSON object of UTF-8 text, with the line's number.
+    """
+    empty = True
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            raise RunError(f"{path}:{number}: not JSON ({reason}); write one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise RunError(f"{path}:{number}: not a JSON object; write one object a line")
+        yield number, record
+    if empty:
+        raise RunError(f"{path}: the file is empty; it needs one JSON object a line")
+
+
+def check_text(text: str, where: str) -> str:
+    r"""`text` itself; RunError if it holds half a surrogate pair, which JSON can escape but UTF-8 cannot hold.
+
+    >>> check_text("fine", "file:1")
+    'fine'
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{where}: character {error.start} is half a surrogate pair, not Unicode text"
+        ) from None
+    return text
+
+
+def load_problems(path: Path) -> list[Problem]:
+    """Problems of a JSON Lines file, in file order; a question that comes again is left out.
+
+    A record has `question` and `answer` (a worked answer that ends with `#### <answer>`, or a bare number) or `problem` and
+    `solution` (with the answer in `\\boxed{}`). GSM8K's `<<...>>` marks are stripped.
+
+    Raises:
+        UsageError: no such file, or a record without these fields.
+        RunError: an empty file, a line that is not JSON, undecodable bytes, or no gold answer, with file and line.
+    """
+    problems: dict[str, Problem] = {}
+    task = f"{path.parent.name}/{path.name.partition('.')[0]}"
+    for number, record in read_json_lines(path):
+        where = f"{path}:{number}"
+        question, worked, answer = _read_record(record, where)
+        identity = question_id("file", question)
+        problems.setdefault(
+            identity,
+            Problem(
+                id=identity,
+                task=task,
+                difficulty=0,
+                prompt=question_prompt(question),
+                solution=f" {worked}\n#### {answer}" if worked else f" #### {answer}",
+                answer=answer,
+            ),
+        )
+    return list(problems.values())
+
+
+def _read_record(record: dict[str, Any], where: str) -> tuple[str, str, str]:
+    """Question, working without the final answer, and gold answer of one record."""
+    if "question" in record and "answer" in record:
+        question, text = _field(record, "question", where), _field(record, "answer", where)
+        text = _CALCULATOR_MARKS.sub("", text)
+        worked, marker, gold = text.rpartition("####")
+        if not marker and not is_number(gold):
+            raise RunError(
+                f"{where}: no gold answer; `answer` must end with #### and the answer, or be a number"
+            )
+    elif "problem" in record and "solution" in record:
+        question, worked = _field(record, "problem", where), _field(record, "solution", where)
+        gold = last_boxed(worked) or ""
+    else:
+        raise UsageError(
+            f"{where}: needs `question` and `answer`, or `problem` and `solution`; it has {', '.join(record) or 'nothing'}"
+        )
+    answer = canonical_answer(gold)
+    if not answer or not question:
+        missing = (
+            "question" if not question else r"gold answer; write #### <answer> or \boxed{<answer>} at the end"
+        )
+        raise RunError(f"{where}: no {missing}")
+    return question, worked.strip(), answer
+
+
+def _field(record: dict[str, Any], name: str, where: str) -> str:
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RunError(f"{where}: `{name}` must be text, not {type(value).__name__}")
+    return check_text(str(value), where).strip()
