@@ -1,0 +1,164 @@
+"""Hugging Face causal language models: build, load, save, and the forward pass that stages share."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlprior.config import UsageError
+from rlprior.models.presets import ModelConfig
+from rlprior.seeding import stream_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# B rows, T positions, D width
+
+
+def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed: int) -> PreTrainedModel:
+    """A freshly initialised `Qwen3ForCausalLM`; the same weights for the same seed, whatever the objective.
+
+    Initialisation is the class's own: normal with standard deviation `initializer_range` for every matrix, norms 1.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = config.shape
+    qwen3 = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied_embeddings,
+        max_position_embeddings=max_positions,
+        initializer_range=config.initializer_range,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed(seed, "model"))
+        return Qwen3ForCausalLM(qwen3)
+
+
+def load_model(
+    path: Path, *, rope_theta: float | None = None, max_positions: int | None = None
+) -> PreTrainedModel:
+    """A causal model from a Hugging Face folder on disk, in float32.
+
+    Args:
+        path: the folder.
+        rope_theta: raise the base of the rotary embedding (mid-training: 1e4 -> 1e6).
+        max_positions: the new longest sequence.
+
+    Raises:
+        UsageError: not a folder with a causal language model and all its weights, as safetensors (a pickle runs what it likes), or
+            not a rotary embedding with one base.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path}: not a Hugging Face model folder (config.json is missing)")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        _extend(config, path, rope_theta, max_positions)
+        with _without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except RuntimeError:
+        raise UsageError(f"{path}: its weights do not have the shapes that its config.json says") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"{path}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from None
+    model, report = loaded
+    if report["missing_keys"]:  # the library would go on with random numbers in their place
+        raise UsageError(f"{path}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
+
+
+def _extend(config: Any, path: Path, rope_theta: float | None, max_positions: int | None) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope_theta is not None:
+        if "rope_theta" not in rope:
+            raise UsageError(f"{path}: has no rotary embedding with one base; leave rope_theta out")
+        config.rope_parameters = {**rope, "rope_theta": rope_theta}
+    if max_positions is not None and max_positions > config.max_position_embeddings:
+        if not rope:
+            raise UsageError(
+                f"{path}: has learned positions, {config.max_position_embeddings} of them; {max_positions} do not fit"
+            )
+        config.max_position_embeddings = max_positions
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face folder."""
+    from transformers import AutoTokenizer
+
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(f"{path}: holds no tokenizer.json")
+    return AutoTokenizer.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of the library's while a model of ours is read or written: a run has its own."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def save_model(model: PreTrainedModel, directory: Path, *, tokenizer_directory: Path) -> None:
+    """Write weights (safetensors), config and tokenizer as one Hugging Face folder."""
+    with _without_bars():
+        model.save_pretrained(directory)
+    for file in sorted(tokenizer_directory.glob("*")):
+        if file.name.startswith(("tokenizer", "special_tokens")):
+            shutil.copyfile(file, directory / file.name)
+
+
+def packed_hidden_states(
+    model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor, attention_mask_B1TT: Tensor
+) -> Tensor:
+    """Last hidden states [B, T, D] of packed rows, under an explicit boolean mask (True: may attend)."""
+    output = model.model(
+        input_ids=input_ids_BT,
+        position_ids=position_ids_BT,
+        attention_mask=attention_mask_B1TT,
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def head_weight(model: Any) -> Tensor:
+    """Output embedding [V, D]."""
+    return model.get_output_embeddings().weight
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """`eval()` and no gradients inside, the former mode after."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

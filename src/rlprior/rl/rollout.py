@@ -1,0 +1,146 @@
+"""Rollouts: prompts in, groups of graded responses out, with dynamic sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlprior.data.tokenizer import encode_prompt
+from rlprior.models.causal_lm import evaluation_mode
+from rlprior.models.sampler import Decoding, Response, sample
+from rlprior.rl.config import RLConfig
+from rlprior.rl.grpo import has_signal
+from rlprior.seeding import numpy_generator, torch_generator
+from rlprior.tasks.problem import Problem, Status, Verdict
+from rlprior.tasks.verify import verify
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, its responses, and their verdicts; the reward is 1 for a correct answer, 0 for anything else."""
+
+    prompt_ids: list[int]
+    responses: list[Response]
+    verdicts: list[Verdict]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Reward of each response."""
+        return [float(verdict.status is Status.CORRECT) for verdict in self.verdicts]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The groups of one step: all that were drawn, and those that are trained on."""
+
+    drawn: list[Group]
+    kept: list[Group]
+    num_refills: int
+    cursor: int
+
+
+class PromptStream:
+    """Training problems in an order shuffled anew each pass: the problem at a cursor is a function of (seed, cursor)."""
+
+    def __init__(self, problems: Sequence[Problem], tokenizer: Any, seed: int) -> None:
+        self.problems = problems
+        self.prompt_ids = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+        self.seed = seed
+
+    def take(self, cursor: int, count: int) -> list[int]:
+        """Indices of the problems at cursors `cursor` to `cursor + count - 1`."""
+        size = len(self.problems)
+        return [int(self._order(place // size)[place % size]) for place in range(cursor, cursor + count)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.seed, "prompts", epoch).permutation(len(self.problems))
+
+
+def collect_rollout(
+    model: Any, tokenizer: Any, prompts: PromptStream, config: RLConfig, *, step: int, cursor: int, seed: int
+) -> Rollout:
+    """Sample groups for one update; with 'refill', until `prompts_per_step` of them carry a gradient or the cap is reached."""
+    drawn: list[Group] = []
+    kept: list[Group] = []
+    refill = 0
+    while True:
+        missing = config.prompts_per_step - len(kept)
+        indices = prompts.take(cursor, missing)
+        cursor += missing
+        generator = torch_generator(seed, "rollout", step, refill)
+        groups = sample_groups(model, tokenizer, prompts, indices, config, step=step, generator=generator)
+        drawn += groups
+        if config.dynamic_sampling == "off":
+            kept += groups
+        else:
+            signal = has_signal(rewards_of(groups))
+            kept += [group for group, keep in zip(groups, signal.tolist(), strict=True) if keep]
+        if (
+            config.dynamic_sampling != "refill"
+            or len(kept) == config.prompts_per_step
+            or refill == config.max_refills
+        ):
+            return Rollout(drawn, kept, refill, cursor)
+        refill += 1
+
+
+def sample_groups(
+    model: Any,
+    tokenizer: Any,
+    prompts: PromptStream,
+    indices: Sequence[int],
+    config: RLConfig,
+    *,
+    step: int,
+    generator: torch.Generator,
+) -> list[Group]:
+    """Draw and grade `samples_per_prompt` responses of each problem."""
+    decoding = Decoding(temperature=config.temperature, max_new_tokens=config.max_new_tokens(step))
+    with evaluation_mode(model):
+        batches = sample(
+            model,
+            [prompts.prompt_ids[index] for index in indices],
+            samples_per_prompt=config.samples_per_prompt,
+            decoding=decoding,
+            eos_token_id=tokenizer.eos_token_id,
+            generator=generator,
+        )
+    groups: list[Group] = []
+    for index, responses in zip(indices, batches, strict=True):
+        texts = tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+        verdicts = [
+            verify(prompts.problems[index], text, truncated=response.finish_reason == "length")
+            for text, response in zip(texts, responses, strict=True)
+        ]
+        groups.append(Group(prompts.prompt_ids[index], responses, verdicts))
+    return groups
+
+
+def rewards_of(groups: Sequence[Group]) -> Tensor:
+    """Rewards [P, G] in float32."""
+    return torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What is logged of a rollout before any update; shares are of all samples drawn. No `reward_mean_kept` where no group is kept."""
+    responses = [response for group in rollout.drawn for response in group.responses]
+    verdicts = [verdict for group in rollout.drawn for verdict in group.verdicts]
+    lengths = np.array([len(response.token_ids) for response in responses])
+    rewards, kept = rewards_of(rollout.drawn), rewards_of(rollout.kept)
+    return {
+        "reward_mean": float(rewards.mean()),
+        **({"reward_mean_kept": float(kept.mean())} if rollout.kept else {}),
+        "dead_group_share": 1 - float(has_signal(rewards).float().mean()),
+        "num_groups_kept": len(rollout.kept),
+        "num_groups_drawn": len(rollout.drawn),
+        "num_refills": rollout.num_refills,
+        "response_tokens_mean": float(lengths.mean()),
+        "response_tokens_p90": float(np.quantile(lengths, 0.9)),
+        "truncated_share": float(np.mean([response.finish_reason == "length" for response in responses])),
+        "unparsable_share": float(np.mean([verdict.status is Status.UNPARSABLE for verdict in verdicts])),
+    }

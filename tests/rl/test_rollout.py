@@ -1,0 +1,208 @@
+"""Dynamic sampling against a scripted sampler: which groups are drawn, kept, and where the prompts come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rlprior.models.sampler import Response
+from rlprior.rl import rollout as rollout_module
+from rlprior.rl.config import LengthPhase, RLConfig
+from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
+from rlprior.tasks.config import TaskConfig
+from rlprior.tasks.problem import Problem, Status
+
+NUM_PROBLEMS = 7
+START = 5
+CONFIG = RLConfig(
+    task=TaskConfig(),
+    prompts_per_step=3,
+    samples_per_prompt=4,
+    max_refills=4,
+    length_schedule=(LengthPhase(until_step=2, max_new_tokens=9), LengthPhase(max_new_tokens=11)),
+)
+PROBLEMS = [
+    Problem(id=str(i), task="t", difficulty=1, prompt=f"Q: {i}\nA:", solution=f" #### {i}", answer=str(i))
+    for i in range(NUM_PROBLEMS)
+]
+
+
+class Characters:
+    """A tokenizer whose tokens are the code points; 0 begins a document and 1 ends it."""
+
+    bos_token_id, eos_token_id = 0, 1
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return ["".join(chr(token) for token in row if token > 1) for row in rows]
+
+
+class ScriptedSampler:
+    """Answers each prompt of call n right in as many samples as `script[n]` says, and remembers what it was asked."""
+
+    def __init__(self, script: Sequence[Sequence[int]]) -> None:
+        self.script = script
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        **rest: Any,
+    ) -> list[list[Response]]:
+        assert not model.training
+        counts = self.script[len(self.calls)]
+        asked = [
+            int("".join(chr(token) for token in prompt[1:] if chr(token).isdigit())) for prompt in prompts
+        ]
+        assert all(prompt[0] == Characters.bos_token_id for prompt in prompts)
+        self.calls.append({"asked": asked, "seed": rest["generator"].initial_seed(), **rest})
+        return [
+            [respond(f" #### {number if i < correct else 'no'}") for i in range(samples_per_prompt)]
+            for number, correct in zip(asked, counts, strict=True)
+        ]
+
+
+def respond(text: str, *, finished: bool = True) -> Response:
+    ids = [ord(character) for character in text] + [1] * finished
+    return Response(ids, [-1.0] * len(ids), "stop" if finished else "length")
+
+
+def roll_out(
+    monkeypatch: pytest.MonkeyPatch,
+    script: Sequence[Sequence[int]],
+    *,
+    step: int = 1,
+    seed: int = 0,
+    **changes: Any,
+) -> tuple[Rollout, ScriptedSampler]:
+    sampler = ScriptedSampler(script)
+    monkeypatch.setattr(rollout_module, "sample", sampler)
+    model = torch.nn.Linear(1, 1).train()
+    prompts = PromptStream(PROBLEMS, Characters(), seed)
+    config = dataclasses.replace(CONFIG, **changes)
+    rollout = collect_rollout(model, Characters(), prompts, config, step=step, cursor=START, seed=seed)
+    assert model.training
+    return rollout, sampler
+
+
+def num_correct(groups: Sequence[Any]) -> list[int]:
+    return [int(sum(group.rewards)) for group in groups]
+
+
+def expected_order(start: int, count: int) -> list[int]:
+    return PromptStream(PROBLEMS, Characters(), 0).take(start, count)
+
+
+def test_refill_replaces_groups_of_equal_rewards_until_the_step_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4], [3, 0], [2]])
+    assert num_correct(rollout.kept) == [1, 3, 2]
+    assert num_correct(rollout.drawn) == [0, 1, 4, 3, 0, 2]
+    assert rollout.num_refills == 2
+    assert rollout.cursor == START + 6
+    assert list(itertools.chain(*(call["asked"] for call in sampler.calls))) == expected_order(START, 6)
+
+
+def test_no_refill_where_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, _ = roll_out(monkeypatch, [[1, 2, 3]])
+    assert (num_correct(rollout.kept), rollout.num_refills, rollout.cursor) == ([1, 2, 3], 0, START + 3)
+
+
+@pytest.mark.parametrize("max_refills", [0, 1, 2])
+def test_refills_are_capped_and_the_step_makes_do_with_fewer(
+    monkeypatch: pytest.MonkeyPatch, max_refills: int
+) -> None:
+    script = [[0, 1, 4], [0, 0], [0, 4], [1, 1]]
+    rollout, sampler = roll_out(monkeypatch, script, max_refills=max_refills)
+    assert num_correct(rollout.kept) == [1]
+    assert rollout.num_refills == max_refills
+    assert len(sampler.calls) == 1 + max_refills
+    assert rollout.cursor == START + 3 + 2 * max_refills
+
+
+def test_nothing_is_kept_where_no_group_has_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, _ = roll_out(monkeypatch, [[0, 4, 0], [0, 0, 4]], max_refills=1)
+    assert rollout.kept == []
+    assert rollout.cursor == START + 6
+    assert "reward_mean_kept" not in rollout_metrics(rollout)
+
+
+def test_drop_trains_on_fewer_without_drawing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4]], dynamic_sampling="drop")
+    assert (num_correct(rollout.kept), num_correct(rollout.drawn)) == ([1], [0, 1, 4])
+    assert (rollout.num_refills, rollout.cursor, len(sampler.calls)) == (0, START + 3, 1)
+
+
+def test_off_keeps_groups_of_equal_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4]], dynamic_sampling="off")
+    assert num_correct(rollout.kept) == [0, 1, 4]
+    assert (rollout.num_refills, rollout.cursor, len(sampler.calls)) == (0, START + 3, 1)
+
+
+def test_each_draw_has_a_random_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = set()
+    for step, seed in ((1, 0), (2, 0), (1, 1)):
+        _, sampler = roll_out(monkeypatch, [[0, 0, 0], [0, 0, 0]], step=step, seed=seed, max_refills=1)
+        seeds |= {call["seed"] for call in sampler.calls}
+    assert len(seeds) == 6
+    _, again = roll_out(monkeypatch, [[0, 0, 0], [0, 0, 0]], max_refills=1)
+    assert {call["seed"] for call in again.calls} < seeds
+
+
+@pytest.mark.parametrize(("step", "longest"), [(1, 9), (2, 9), (3, 11), (100, 11)])
+def test_the_length_schedule_applies(monkeypatch: pytest.MonkeyPatch, step: int, longest: int) -> None:
+    _, sampler = roll_out(monkeypatch, [[1, 1, 1]], step=step, temperature=0.6)
+    decoding = sampler.calls[0]["decoding"]
+    assert (decoding.max_new_tokens, decoding.temperature, decoding.top_p) == (longest, 0.6, 1.0)
+    assert sampler.calls[0]["eos_token_id"] == Characters.eos_token_id
+
+
+def test_prompts_are_a_function_of_the_cursor_and_shuffled_anew_each_epoch() -> None:
+    stream = PromptStream(PROBLEMS, Characters(), seed=0)
+    first, second = stream.take(0, NUM_PROBLEMS), stream.take(NUM_PROBLEMS, NUM_PROBLEMS)
+    assert sorted(first) == sorted(second) == list(range(NUM_PROBLEMS))
+    assert first != second
+    whole = stream.take(0, 3 * NUM_PROBLEMS)
+    for start, count in ((0, 2), (5, 4), (6, 10), (14, 7)):
+        assert PromptStream(PROBLEMS, Characters(), seed=0).take(start, count) == whole[start : start + count]
+    assert PromptStream(PROBLEMS, Characters(), seed=1).take(0, 3 * NUM_PROBLEMS) != whole
+
+
+def test_metrics_of_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: two groups of four, one of them all wrong, with a truncated and an unparsable response."""
+    responses = [
+        [respond(" #### 3"), respond("?"), respond(" #### 9"), respond(" ##", finished=False)],
+        [respond(" #### 8")] * 4,
+    ]
+    monkeypatch.setattr(rollout_module, "sample", lambda *_, **__: responses)
+    config = dataclasses.replace(CONFIG, prompts_per_step=2, dynamic_sampling="drop")
+    stream = PromptStream([PROBLEMS[3]], Characters(), 0)
+    rollout = collect_rollout(torch.nn.Linear(1, 1), Characters(), stream, config, step=1, cursor=0, seed=0)
+    statuses = [verdict.status for verdict in rollout.drawn[0].verdicts]
+    assert statuses == [Status.CORRECT, Status.UNPARSABLE, Status.WRONG, Status.TRUNCATED]
+    lengths = [8, 2, 8, 3, 8, 8, 8, 8]
+    expected = {
+        "reward_mean": 1 / 8,
+        "reward_mean_kept": 1 / 4,
+        "dead_group_share": 1 / 2,
+        "num_groups_kept": 1,
+        "num_groups_drawn": 2,
+        "num_refills": 0,
+        "response_tokens_mean": sum(lengths) / 8,
+        "response_tokens_p90": 8,
+        "truncated_share": 1 / 8,
+        "unparsable_share": 1 / 8,
+    }
+    assert rollout_metrics(rollout) == pytest.approx(expected)
