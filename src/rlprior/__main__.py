@@ -1,0 +1,7 @@
+"""`python -m rlprior`."""
+
+import sys
+
+from rlprior.cli import main
+
+sys.exit(main())

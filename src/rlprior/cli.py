@@ -1,0 +1,344 @@
+"""Command line: parse, plan, execute, say where things are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlprior.config import RunError, UsageError
+
+if TYPE_CHECKING:
+    from rlprior.study.plan import PlannedRun
+
+OVERRIDES = "any setting of the file can be replaced: --section.key=value (a value is TOML; list items by position, as in --data.sources.0.max_bytes=1000000)"
+
+COMMANDS: dict[str, tuple[str, list[str]]] = {
+    "demo": (
+        "compare the paper's five objectives end to end on text that Python itself carries",
+        [
+            "rlprior demo",
+            "rlprior demo --dry-run",
+            "rlprior demo --seeds 0 1 2 3 4 --out runs/demo-5",
+            "rlprior demo --rl.num_steps=20",
+        ],
+    ),
+    "study": (
+        "pre-train, mid-train, RL-train and evaluate several objectives, and write the report",
+        [
+            "rlprior study study.toml",
+            "rlprior study study.toml --dry-run",
+            "rlprior study study.toml --data-dir data --workers 2",
+        ],
+    ),
+    "train": (
+        "one language-model stage: pre-training, or mid-training with --init-from",
+        [
+            "rlprior train train.toml --out runs/ce",
+            "rlprior train train.toml --out runs/sharp --training.objective='{name=\"reward_shaping\", beta=-0.25}'",
+        ],
+    ),
+    "rl": (
+        "reinforcement learning with verifiable rewards, from a Hugging Face folder",
+        ["rlprior rl rl.toml --init-from runs/ce/checkpoints/step-00000400 --out runs/ce-rl"],
+    ),
+    "evaluate": (
+        "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
+        ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
+    ),
+    "report": (
+        "write report.html of a study, finished or not",
+        ["rlprior report runs/demo"],
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0, 1 for a failure, 2 for a usage error, 130 when interrupted."""
+    try:
+        known, rest = _build_parser().parse_known_args(arguments)
+        overrides = _overrides(known.command, rest)
+        # a damaged checkpoint is the only warning that a user can act on: one line, without the code that raised it
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"rlprior: warning: {message}", file=sys.stderr
+        )
+        return _RUN[known.command](known, overrides)
+    except UsageError as error:
+        print(f"rlprior: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"rlprior: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"rlprior: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrlprior: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _overrides(command: str, rest: Sequence[str]) -> list[str]:
+    for item in rest:
+        if not item.startswith("--") or "=" not in item:
+            raise UsageError(
+                f"{item!r} is not an option of 'rlprior {command}'; write --section.key=value for a setting, "
+                f"or see 'rlprior {command} --help'"
+            )
+    if rest and command == "report":
+        raise UsageError(f"{rest[0]!r}: a report has no settings")
+    return [item.removeprefix("--") for item in rest]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as this package reports everything: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    import rlprior
+
+    parser = _Parser(
+        prog="rlprior",
+        description="Which next-token objective leaves the best starting point for reinforcement learning?",
+    )
+    parser.add_argument("--version", action="version", version=f"rlprior {rlprior.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name, (summary, examples) in COMMANDS.items():
+        lines = "\n".join(f"  {example}" for example in examples)
+        parsers[name] = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"examples:\n{lines}" + ("" if name == "report" else f"\n\n{OVERRIDES}"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    parsers["study"].add_argument("file", type=Path, metavar="FILE.toml", help="the study's settings")
+    parsers["train"].add_argument(
+        "file", type=Path, metavar="FILE.toml", help="data, model and training settings"
+    )
+    parsers["rl"].add_argument("file", type=Path, metavar="FILE.toml", help="task and RL settings")
+    parsers["evaluate"].add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    parsers["evaluate"].add_argument(
+        "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
+    )
+    parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
+    parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
+    for name in ("train", "rl"):
+        parsers[name].add_argument("--init-from", metavar="MODEL", help="Hugging Face folder to start from")
+    for name in ("demo", "study"):
+        parsers[name].add_argument(
+            "--seeds", type=int, nargs="+", metavar="SEED", help="replaces the file's seeds"
+        )
+        parsers[name].add_argument(
+            "--workers", type=int, default=2, metavar="N", help="processes at a time (default: 2)"
+        )
+        parsers[name].add_argument(
+            "--threads", type=int, default=1, metavar="N", help="threads of each (default: 1)"
+        )
+    for name in ("demo", "study", "train", "rl", "evaluate"):
+        parsers[name].add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help=f"folder of all outputs (default: runs/{'FILE' if name != 'demo' else 'demo'})",
+        )
+        parsers[name].add_argument(
+            "--data-dir", metavar="DIR", help="folder that relative paths of data start from"
+        )
+        parsers[name].add_argument(
+            "--dry-run", action="store_true", help="print the plan and what it costs, and stop"
+        )
+    return parser
+
+
+def _load(config_type: Any, path: Path, known: argparse.Namespace, overrides: list[str]) -> Any:
+    from rlprior.config import load_config
+
+    extra = list(overrides)
+    if getattr(known, "init_from", None):
+        extra.append(f"init_from={Path(known.init_from).resolve()}")
+    if known.data_dir:
+        extra.append(f"data_dir={Path(known.data_dir).resolve()}")
+    if getattr(known, "seeds", None):
+        extra.append(f"seeds={known.seeds}")
+    return load_config(config_type, path, extra)
+
+
+def _run_demo(known: argparse.Namespace, overrides: list[str]) -> int:
+    known.file = Path(__file__).parent / "study" / "demo.toml"
+    known.out = known.out or Path("runs/demo")
+    return _run_study(known, overrides)
+
+
+def _run_study(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.study.config import StudyConfig
+    from rlprior.study.plan import plan_study
+    from rlprior.study.report import write_report
+    from rlprior.study.runner import write_study_file
+
+    if known.workers < 1 or known.threads < 1:
+        raise UsageError("--workers and --threads must be at least 1")
+    config = _load(StudyConfig, known.file, known, overrides)
+    directory = (known.out or Path("runs") / known.file.stem).resolve()
+    plan = plan_study(config, directory)
+    if _describe_plan(plan, known, num_workers=known.workers):
+        return 0
+    directory.mkdir(parents=True, exist_ok=True)
+    command = "rlprior " + " ".join(sys.argv[1:])
+    write_study_file(config, directory, plan, command=command)
+    _execute(plan, num_workers=known.workers, num_threads=known.threads)
+    write_study_file(config, directory, plan, command=command)
+    report = write_report(directory, directory / "report.html")
+    _print_stage_times(plan)
+    print(f"report: {report}")
+    return 0
+
+
+def _run_train(known: argparse.Namespace, overrides: list[str]) -> int:
+    from dataclasses import replace
+
+    from rlprior.runs import input_identity
+    from rlprior.study.config import TrainFile
+    from rlprior.study.plan import plan_data, plan_run
+    from rlprior.training.language_model import LanguageModelConfig
+
+    file = _load(TrainFile, known.file, known, overrides)
+    out = (known.out or Path("runs") / known.file.stem).resolve()
+    data = plan_data(replace(file.data, data_dir=file.data.data_dir or file.data_dir), out.parent)
+    config = LanguageModelConfig(
+        training=file.training,
+        corpus=str(data.directory),
+        seed=file.seed,
+        model=file.model,
+        init_from=file.init_from,
+    )
+    inputs = {
+        "corpus": data.identity.id,
+        "init_from": input_identity(Path(file.init_from)) if file.init_from else "",
+    }
+    stage = "midtrain" if file.init_from else "pretrain"
+    run = plan_run(
+        stage, config, label=f"{stage} {out.name}", directory=out, inputs=inputs, needs=(data.directory,)
+    )
+    return _run_alone([data, run], known)
+
+
+def _run_rl(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.rl.loop import RLRunConfig
+    from rlprior.runs import input_identity
+    from rlprior.study.plan import plan_run, task_inputs
+
+    config = _load(RLRunConfig, known.file, known, overrides)
+    out = (known.out or Path("runs") / known.file.stem).resolve()
+    inputs = {
+        "init_from": input_identity(Path(config.init_from)),
+        **task_inputs(config.data_dir, {"rl": config.rl.task}),
+    }
+    run = plan_run("rl", config, label=f"rl {out.name}", directory=out, inputs=inputs)
+    return _run_alone([run], known)
+
+
+def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
+    from dataclasses import replace
+
+    from rlprior.evaluation.stage import EvaluationRunConfig, describe_results
+    from rlprior.runs import input_identity
+    from rlprior.study.config import EvaluateFile
+    from rlprior.study.plan import plan_data, plan_run, task_inputs
+
+    file = _load(EvaluateFile, known.config, known, overrides)
+    out = (known.out or Path("runs") / f"evaluate-{known.model.name}").resolve()
+    data = plan_data(replace(file.data, data_dir=file.data.data_dir or file.data_dir), out.parent)
+    config = EvaluationRunConfig(
+        evaluation=file.evaluation,
+        target=str(known.model.resolve()),
+        corpus=str(data.directory),
+        stage="model",
+        window_tokens=file.window_tokens,
+        data_dir=file.data_dir,
+    )
+    inputs = {
+        "target": input_identity(known.model),
+        "corpus": data.identity.id,
+        **task_inputs(file.data_dir, file.evaluation.tasks),
+    }
+    run = plan_run(
+        "evaluate",
+        config,
+        label=f"evaluate {known.model.name}",
+        directory=out,
+        inputs=inputs,
+        needs=(data.directory,),
+    )
+    code = _run_alone([data, run], known)
+    if not known.dry_run:
+        print(describe_results(out))
+    return code
+
+
+def _run_report(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.study.report import write_report
+
+    print(f"report: {write_report(known.directory, known.out or known.directory / 'report.html')}")
+    return 0
+
+
+def _run_alone(plan: list[PlannedRun], known: argparse.Namespace) -> int:
+    """Make runs one after the other in this process."""
+    from rlprior.study.progress import show_alone
+
+    if _describe_plan(plan, known, num_workers=1):
+        return 0
+    for planned in plan:
+        show_alone(planned)
+    print(f"outputs: {plan[-1].directory}")
+    return 0
+
+
+def _describe_plan(plan: Sequence[PlannedRun], known: argparse.Namespace, *, num_workers: int) -> bool:
+    """Print what there is to do; True where that is all (`--dry-run`)."""
+    from rlprior.study.estimate import describe_plan
+
+    print(describe_plan(plan, num_workers=num_workers, is_dry_run=known.dry_run))
+    return known.dry_run
+
+
+def _execute(plan: Sequence[PlannedRun], *, num_workers: int, num_threads: int) -> None:
+    from rlprior.study.progress import StudyDisplay
+    from rlprior.study.runner import execute_plan
+
+    with StudyDisplay(plan) as display:
+        execute_plan(
+            plan,
+            num_workers=num_workers,
+            threads_per_worker=num_threads,
+            on_change=display.update,
+            on_finish=display.finish,
+        )
+
+
+def _print_stage_times(plan: Sequence[PlannedRun]) -> None:
+    from rlprior.study.runner import stage_seconds
+
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in stage_seconds(plan).items())
+    print(f"processor time by stage, all arms: {times}")
+
+
+_RUN = {
+    "demo": _run_demo,
+    "study": _run_study,
+    "train": _run_train,
+    "rl": _run_rl,
+    "evaluate": _run_evaluate,
+    "report": _run_report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Grades of samples, apart from the samples and keyed by the version of the grader: regrading generates nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rlprior.config import RunError
+from rlprior.runs import read_jsonl, write_atomically
+from rlprior.samples.store import Sample
+
+ProblemT = TypeVar("ProblemT")
+ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
+
+
+class VerdictLike(Protocol):
+    """What a verifier returns: a status and the canonical answer, None where none could be extracted."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def extracted(self) -> str | None: ...
+
+
+class Verifier(Protocol[ProblemT_contra]):
+    """`verify(problem, response, truncated=...) -> verdict`."""
+
+    def __call__(self, problem: ProblemT_contra, response: str, *, truncated: bool) -> VerdictLike: ...
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Verdict on one sample: the status's text, and the canonical answer or None."""
+
+    problem_id: str
+    sample_index: int
+    status: str
+    extracted: str | None
+
+
+def grade(
+    samples: Iterable[Sample], problems: Mapping[str, ProblemT], verify: Verifier[ProblemT]
+) -> list[Grade]:
+    """Grade each sample, in order; a sample that ended at the length limit is verified as truncated.
+
+    Raises:
+        RunError: a sample of a problem that is not given.
+    """
+    grades: list[Grade] = []
+    for sample in samples:
+        problem = problems.get(sample.problem_id)
+        if problem is None:
+            raise RunError(f"sample {sample.sample_index} answers the unknown problem {sample.problem_id!r}")
+        verdict = verify(problem, sample.text, truncated=sample.finish_reason == "length")
+        grades.append(Grade(sample.problem_id, sample.sample_index, str(verdict.status), verdict.extracted))
+    return grades
+
+
+def write_grades(path: Path, grades: Sequence[Grade], *, grader: str) -> None:
+    """Write the grades under the grader's version, whole or not at all."""
+    records: list[Mapping[str, object]] = [{"grader": grader, "num_grades": len(grades)}]
+    records += [dataclasses.asdict(one) for one in grades]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_grades(path: Path, *, grader: str) -> list[Grade] | None:
+    """Grades by that version of the grader; None where there are none, or only another version's."""
+    header, *records = read_jsonl(path) or [{}]
+    if header.get("grader") != grader or header.get("num_grades") != len(records):
+        return None
+    return [Grade(**record) for record in records]

@@ -1,0 +1,206 @@
+"""Execute a plan: only what is missing, several processes, safe to kill and start again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from rlprior.config import RunError, UsageError, encode
+from rlprior.runs import Progress, Run, hardware, provenance, session_seconds, write_json
+from rlprior.study.config import StudyConfig
+from rlprior.study.plan import STAGES, PlannedRun, describe_model
+
+
+def execute(planned: PlannedRun, on_progress: Callable[[Progress], None] | None = None) -> Path:
+    """Make one run in this process, or go on with it; does nothing where it is done. Returns its directory."""
+    if not planned.is_done:
+        with Run(planned.directory, planned.identity, planned.config, on_progress=on_progress) as run:
+            STAGES[planned.stage].run(planned.config, run)
+    return planned.directory
+
+
+def execute_plan(
+    plan: Sequence[PlannedRun],
+    *,
+    num_workers: int,
+    threads_per_worker: int,
+    on_change: Callable[[Sequence[PlannedRun], Sequence[PlannedRun]], None],
+    on_finish: Callable[[PlannedRun], None],
+) -> None:
+    """Make every missing run, the ones on the longest way to the end first.
+
+    Args:
+        plan: runs, each after those it needs.
+        num_workers: processes. On few cores, two processes of one thread beat one process of two.
+        threads_per_worker: torch threads of each; the same number gives the same bytes.
+        on_change: called about twice a second with the runs in progress and those that wait.
+        on_finish: called once for each run that finishes.
+
+    Raises:
+        RunError, UsageError: of the first run that failed, after the runs that do not need it are finished.
+    """
+    pending = [planned for planned in plan if not planned.is_done]
+    urgency = _remaining_cost(plan)
+    pending.sort(key=lambda planned: -urgency[planned.directory])
+    running: dict[Future[Path], PlannedRun] = {}
+    failures: list[tuple[PlannedRun, BaseException]] = []
+    try:
+        with _open_pool(num_workers, threads_per_worker) as pool:
+            while pending or running:
+                _submit_ready(plan, pending, running, pool, num_workers)
+                if not running:
+                    break  # what is left needs a run that failed
+                for planned, error in _collect_done(running):
+                    if error is None:
+                        on_finish(planned)
+                    else:
+                        failures.append((planned, error))
+                on_change(list(running.values()), pending)
+    except BrokenProcessPool:
+        labels = " or ".join(planned.label for planned in running.values()) or "a worker"
+        raise RunError(
+            f"{labels}: the process was killed, perhaps for want of memory; run the same command again to go on"
+        ) from None
+    if failures:
+        raise _as_one_line(*failures[0], num_failed=len(failures), num_left=len(pending))
+
+
+@contextlib.contextmanager
+def _open_pool(num_workers: int, num_threads: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and at once where it is interrupted: a run can be killed anywhere."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (num_threads, os.getpid())) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _started_without_interrupts() -> Iterator[None]:
+    """Processes that start inside ignore Ctrl-C from their first moment: the one that a person talks to ends them."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _submit_ready(
+    plan: Sequence[PlannedRun],
+    pending: list[PlannedRun],
+    running: dict[Future[Path], PlannedRun],
+    pool: ProcessPoolExecutor,
+    num_workers: int,
+) -> None:
+    finished = {planned.directory for planned in plan if planned.is_done}
+    ready = [planned for planned in pending if finished.issuperset(planned.needs)]
+    for planned in ready[: num_workers - len(running)]:
+        with _started_without_interrupts():
+            running[pool.submit(execute, planned)] = planned
+        pending.remove(planned)
+
+
+def _collect_done(
+    running: dict[Future[Path], PlannedRun],
+) -> Iterator[tuple[PlannedRun, BaseException | None]]:
+    """Runs that ended within half a second, and their errors; BrokenProcessPool where a process was killed."""
+    done, _ = concurrent.futures.wait(running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
+    for future in done:
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            raise error  # the pool takes no more work, and every other future ends the same way
+        yield running.pop(future), error
+
+
+def _as_one_line(planned: PlannedRun, error: BaseException, *, num_failed: int, num_left: int) -> Exception:
+    rest = f" ({num_failed} failed, {num_left} not made)" if num_failed > 1 or num_left else ""
+    if isinstance(error, UsageError | RunError):
+        return type(error)(f"{planned.label}: {error}{rest}")
+    return error if isinstance(error, Exception) else RunError(f"{planned.label}: {error!r}{rest}")
+
+
+def _remaining_cost(plan: Sequence[PlannedRun]) -> dict[Path, float]:
+    """Cost of each run and of the costliest chain of runs that waits for it."""
+    cost = {planned.directory: planned.cost for planned in plan}
+    for planned in reversed(plan):
+        for needed in planned.needs:
+            own = next(run.cost for run in plan if run.directory == needed)
+            cost[needed] = max(cost[needed], own + cost[planned.directory])
+    return cost
+
+
+def _start_worker(num_threads: int, parent: int) -> None:
+    """Set the threads, and end with the parent: a killed study leaves no process behind that would hold its runs."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_study_file(
+    config: StudyConfig,
+    directory: Path,
+    plan: Sequence[PlannedRun],
+    *,
+    command: str,
+    notes: Iterable[str] = (),
+) -> None:
+    """Write `study.json`: what the report reads, with paths relative to the study's folder."""
+    evaluations = {run.needs[0]: run for run in plan if run.stage == "evaluate"}
+    runs = [
+        {
+            "arm": run.arm,
+            "seed": run.seed,
+            "stage": run.stage,
+            "directory": run.directory.relative_to(directory).as_posix(),
+            "evaluation": evaluations[run.directory].directory.relative_to(directory).as_posix(),
+        }
+        for run in plan
+        if run.directory in evaluations
+    ]
+    arms = [
+        {"name": name, "label": arm.label, "objective": encode(arm.objective)}
+        for name, arm in config.arms.items()
+    ]
+    study: dict[str, Any] = {
+        "name": config.title,
+        "arms": arms,
+        "baseline": config.baseline,
+        "seeds": list(config.seeds),
+        "runs": runs,
+        "model": describe_model(config),
+        "config": encode(config),
+        "hardware": hardware(),
+        "versions": provenance()["versions"],
+        "command": command,
+        "wall_seconds": stage_seconds(plan),
+        "notes": list(notes),
+    }
+    write_json(directory / "study.json", study)
+
+
+def stage_seconds(plan: Sequence[PlannedRun]) -> dict[str, float]:
+    """Seconds that all processes have spent on each stage, all arms and seeds together."""
+    seconds: dict[str, float] = {}
+    for run in plan:
+        seconds[run.stage] = seconds.get(run.stage, 0.0) + session_seconds(run.directory)
+    return seconds

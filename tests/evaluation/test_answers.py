@@ -1,0 +1,200 @@
+"""Pools of answers: what is counted of them, and that an interrupted pool is filled to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.small_study import Killed, crash_on_call, study_config
+
+from rlprior.config import RunError
+from rlprior.data.packing import Corpus
+from rlprior.data.prepare import prepare
+from rlprior.evaluation import answers as answers_module
+from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline
+from rlprior.models.causal_lm import build_model, load_tokenizer
+from rlprior.models.sampler import Decoding, Response
+from rlprior.runs import read_jsonl
+from rlprior.tasks.config import load_task
+from rlprior.tasks.problem import Problem
+
+CONFIG = study_config()
+DECODING = Decoding(temperature=0.7, top_p=0.95, max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """An untrained model and the tokenizer of the small study."""
+    directory = tmp_path_factory.mktemp("corpus") / "corpus"
+    prepare(CONFIG.data, directory)
+    tokenizer = load_tokenizer(Corpus.open(directory).tokenizer_directory)
+    return build_model(CONFIG.model, tokenizer, max_positions=64, seed=0), tokenizer
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return load_task(CONFIG.evaluation.tasks["sums"], split="test", num_problems=6, seed=0, data_dir=None)
+
+
+def answer(
+    policy: tuple[Any, Any], problems: list[Problem], path: Path, **changes: Any
+) -> tuple[dict[str, list[Any]], list[int]]:
+    progress: list[int] = []
+    options: dict[str, Any] = {
+        "name": "sums",
+        "path": path,
+        "model_identity": "m",
+        "samples_per_problem": 4,
+        "decoding": DECODING,
+        "seed": 0,
+        "progress": progress.append,
+        **changes,
+    }
+    return answer_problems(*policy, problems, **options), progress
+
+
+def scripted(tokenizer: Any, texts: list[list[str]]) -> Any:
+    """A sampler that gives these responses; one that ends with `…` was cut."""
+
+    def encode(text: str) -> Response:
+        ids = tokenizer(text.removesuffix("…"), add_special_tokens=False)["input_ids"]
+        stopped = not text.endswith("…")
+        ids = ids + [tokenizer.eos_token_id] * stopped
+        return Response(ids, [-0.5] * len(ids), "stop" if stopped else "length")
+
+    return lambda *_, **__: [[encode(text) for text in group] for group in texts]
+
+
+def test_counts_by_hand(policy: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [
+        Problem(id=str(n), task="t", difficulty=1, prompt=f"Q: {n}\nA:", solution="", answer="5")
+        for n in range(4)
+    ]
+    texts = [
+        [" #### 5", " #### 5", " #### 7", "no"],  # a majority for the right answer
+        [" #### 5", " #### 7", "no", "no"],  # a tie of right and wrong
+        [" #### 7", " #### 7", " #### 5", " 1+…"],  # a majority for a wrong answer, one cut
+        ["no", "no", " ##…", " #### 5…"],  # cut, but the answer was there
+    ]
+    monkeypatch.setattr(answers_module, "sample", scripted(policy[1], texts))
+    columns, progress = answer(policy, problems, tmp_path / "pool.jsonl")
+    encode = policy[1]
+    lengths = [
+        sum(
+            len(encode(t.removesuffix("…"), add_special_tokens=False)["input_ids"]) + (t[-1] != "…")
+            for t in group
+        )
+        for group in texts
+    ]
+    assert columns == {
+        "problem_ids": ["0", "1", "2", "3"],
+        "num_correct": [2, 1, 1, 1],
+        "consensus": [1.0, 0.5, 0.0, 1.0],
+        "consensus_tied": [False, True, False, False],
+        "num_truncated": [0, 0, 1, 2],
+        "num_unparsable": [1, 2, 0, 2],
+        "num_tokens": lengths,
+    }
+    assert sum(progress) == 16
+
+
+def test_what_is_asked_is_the_prompt_at_the_start_of_a_document(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    original = answers_module.sample
+
+    def record(model: Any, prompts: Any, **options: Any) -> Any:
+        asked.append((prompts, options))
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr(answers_module, "sample", record)
+    answer(policy, problems, tmp_path / "pool.jsonl")
+    ((prompts, options),) = asked
+    tokenizer = policy[1]
+    assert [tokenizer.decode(ids) for ids in prompts] == [f"<|bos|>{problem.prompt}" for problem in problems]
+    assert (options["decoding"], options["samples_per_prompt"]) == (DECODING, 4)
+    assert options["eos_token_id"] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("crashed_batch", [1, 2, 3])
+def test_an_interrupted_pool_is_filled_to_the_same_bytes(
+    policy: tuple[Any, Any],
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crashed_batch: int,
+) -> None:
+    monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 8)  # two problems a batch, three batches
+    expected, _ = answer(policy, problems, tmp_path / "whole" / "pool.jsonl")
+    path = tmp_path / "crashed" / "pool.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "sample", crash_on_call(crashed_batch, False, answers_module.sample))
+        with pytest.raises(Killed):
+            answer(policy, problems, path)
+    with path.open("ab") as file:
+        file.write(b'{"samples": [{"problem_id": "torn')
+    found, _ = answer(policy, problems, path)
+    assert found == expected
+    for name in ("pool.jsonl", "pool.grades.jsonl"):
+        assert (path.parent / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_full_pool_is_not_sampled_again(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = answer(policy, problems, tmp_path / "pool.jsonl")
+    monkeypatch.delattr(answers_module, "sample")
+    monkeypatch.delattr(answers_module, "grade")
+    assert answer(policy, problems, tmp_path / "pool.jsonl")[0] == first
+
+
+def test_a_pool_of_other_weights_is_refused(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    answer(policy, problems, tmp_path / "pool.jsonl")
+    with pytest.raises(RunError, match=r"holds samples of another run \(it differs in model_hash\)"):
+        answer(policy, problems, tmp_path / "pool.jsonl", model_identity="other")
+
+
+def test_samples_of_one_problem_differ_and_seeds_matter(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    pools: list[list[list[str]]] = []
+    for seed in (0, 1):
+        path = tmp_path / f"{seed}.jsonl"
+        answer(policy, problems, path, seed=seed)
+        samples = [one for line in read_jsonl(path)[1:] for one in line["samples"]]
+        pools.append(
+            [[one["text"] for one in samples if one["problem_id"] == problem.id] for problem in problems]
+        )
+    assert pools[0] != pools[1]
+    # four draws of five tokens out of 300 that are all alike would be a stream that is used again
+    assert all(len(set(texts)) > 1 for texts in pools[0])
+    assert len({tuple(texts) for texts in pools[0]}) == len(problems)
+
+
+def test_each_batch_has_a_random_stream_of_its_own(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same stream again would tie the luck of one problem to that of another."""
+    seeds: list[int] = []
+    original = answers_module.sample
+
+    def record(*args: Any, generator: torch.Generator, **options: Any) -> Any:
+        seeds.append(generator.initial_seed())
+        return original(*args, generator=generator, **options)
+
+    monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(answers_module, "sample", record)
+    for name in ("sums", "other"):
+        answer(policy, problems, tmp_path / f"{name}.jsonl", name=name)
+    assert len(seeds) == len(set(seeds)) == 6
+
+
+def test_frequent_answers_by_hand() -> None:
+    answers = ["3", "1", "3", "2", "3", "2"]
+    assert frequent_answers_baseline(answers, 4) == [3 / 6, 5 / 6, 1.0, 1.0]
+    assert frequent_answers_baseline(["1"], 1) == [1.0]
