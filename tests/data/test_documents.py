@@ -304,3 +304,39 @@ def test_compressed_exercises(real_data: Path) -> None:
     found = texts(source, real_data)
     assert sum(len(text.encode()) for text in found) >= 10_000
     assert all(text.startswith("Q: ") and "\nA: " in text for text in found)
+
+
+def test_long_documents_are_split_at_line_ends_and_held_out_ones_keep_their_first_piece(
+    tmp_path: Path,
+) -> None:
+    lines = [f"line {number}\n" for number in range(40)]
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "f.txt"):
+        (tmp_path / name).write_text(name + "\n" + "".join(lines))
+    source = SourceConfig(name="t", kind="text", path="*.txt", max_document_bytes=64)
+    config = DataConfig(sources=(source,), held_out_fraction=0.5, data_dir=str(tmp_path))
+    pieces: dict[str, list[str]] = {}
+    sides: dict[str, set[bool]] = {}
+    for document, held_out in read_documents(source, config):
+        pieces.setdefault(document.split_key, []).append(document.text)
+        sides.setdefault(document.split_key, set()).add(held_out)
+        assert len(document.text.encode()) <= 64
+        assert document.text.endswith("\n")
+    assert {side for found in sides.values() for side in found} == {True, False}
+    for whole, parts in pieces.items():
+        (held_out,) = sides[whole]
+        if held_out:
+            assert len(parts) == 1
+            assert whole.startswith(parts[0])
+        else:
+            assert "".join(parts) == whole
+
+
+def test_a_line_longer_than_the_limit_is_a_piece_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x\n" + "y" * 100 + "\nz\n")
+    source = SourceConfig(name="t", kind="text", path="a.txt", held_out="none", max_document_bytes=10)
+    config = DataConfig(sources=(source,), data_dir=str(tmp_path))
+    assert [document.text for document, _ in read_documents(source, config)] == [
+        "x\n",
+        "y" * 100 + "\n",
+        "z\n",
+    ]

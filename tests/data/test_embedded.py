@@ -96,3 +96,12 @@ def test_modules_that_cannot_be_parsed_or_decoded_are_passed_over(
     monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
     assert sorted(key for _, key in read_code()) == ["broken.py", "good.py"]
     assert [text for text, key in read_english() if key == "good.py"] == [docstring]
+
+
+def test_a_prefix_of_the_embedded_text_is_held_out_in_the_configured_share() -> None:
+    source = SourceConfig(name="code", kind="embedded_code", max_bytes=4_000_000)
+    config = DataConfig(sources=(source,), held_out_fraction=0.1)
+    sides = {document.split_key: held_out for document, held_out in read_documents(source, config)}
+    # 4 MB are some 200 modules or more: a binomial share of 0.1 stays below 0.2 by more than four standard deviations
+    assert len(sides) > 150
+    assert 0.02 < sum(sides.values()) / len(sides) < 0.2

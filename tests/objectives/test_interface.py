@@ -73,7 +73,7 @@ def linear(**changes):
         "hidden": torch.zeros(2, 3),
         "weight": torch.zeros(5, 3),
         "targets": torch.tensor([0, 4]),
-        "objective": CrossEntropy(),
+        "shaping": CrossEntropy(),
     }
     return linear_shaped_cross_entropy(**{**arguments, **changes})
 
@@ -97,8 +97,8 @@ def linear(**changes):
         ({"token_weights": torch.ones(2, dtype=torch.complex64)}, "token_weights must be real"),
         ({"reduction": "average"}, "reduction must be 'mean', 'sum' or 'none', got 'average'"),
         ({"implementation": "fast"}, "implementation must be one of .*'auto'.*got 'fast'"),
-        ({"objective": "cross_entropy"}, "objective must be an instance of one of CrossEntropy"),
-        ({"objective": CrossEntropy}, "objective must be an instance"),
+        ({"shaping": "cross_entropy"}, "shaping must be an instance of one of CrossEntropy"),
+        ({"shaping": CrossEntropy}, "shaping must be an instance"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

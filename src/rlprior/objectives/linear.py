@@ -29,11 +29,11 @@ Implementation = Literal["auto", "chunked", "reference"]
 def shaped_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: Literal[False] = False,
@@ -44,11 +44,11 @@ def shaped_cross_entropy(
 def shaped_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: Literal[True],
@@ -58,11 +58,11 @@ def shaped_cross_entropy(
 def shaped_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: bool = False,
@@ -72,7 +72,7 @@ def shaped_cross_entropy(
     Args:
         logits: [..., V], floating point.
         targets: [...], integers in [0, V) or `ignore_index`.
-        objective: settings such as `RewardShaping(beta=-0.25)`.
+        shaping: settings of any objective, such as `RewardShaping(beta=-0.25)` or `CrossEntropy()`.
         token_weights: [...], constant factor of each position's loss and gradient; None is 1.
         ignore_index: target of positions that count for nothing, whatever their logits hold.
         reduction: "mean" divides the sum by the number of targets that are not ignored (token weights do not
@@ -98,11 +98,11 @@ def shaped_cross_entropy(
     """
     _require_logits(logits)
     batch = _flatten(
-        logits, logits.shape[-1], targets, objective, token_weights, ignore_index, generator, logits.dtype
+        logits, logits.shape[-1], targets, shaping, token_weights, ignore_index, generator, logits.dtype
     )
     request = LossRequest(
         batch=batch,
-        plan=_plan(objective, metrics_top_k, return_metrics),
+        plan=_plan(shaping, metrics_top_k, return_metrics),
         summed=_require_reduction(reduction) != "none",
         compute_dtype=logits.dtype,
     )
@@ -115,12 +115,12 @@ def linear_shaped_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     implementation: Implementation = "auto",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: Literal[False] = False,
@@ -132,12 +132,12 @@ def linear_shaped_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     implementation: Implementation = "auto",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: Literal[True],
@@ -148,12 +148,12 @@ def linear_shaped_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    objective: Objective,
-    *,
+    shaping: Objective,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     implementation: Implementation = "auto",
+    *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
     return_metrics: bool = False,
@@ -165,7 +165,7 @@ def linear_shaped_cross_entropy(
         weight: [V, D], in the dtype of `hidden` unless autocast is on; an embedding tied to the input will do.
         implementation: "chunked" keeps the logits of a few hundred positions at a time; "reference" holds them all
             and differentiates by autograd; "auto" is the best one there is for these inputs.
-        targets, objective, token_weights, ignore_index, reduction, generator, metrics_top_k, return_metrics: as in
+        targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, return_metrics: as in
             `shaped_cross_entropy`.
 
     Returns:
@@ -185,18 +185,18 @@ def linear_shaped_cross_entropy(
     """
     compute_dtype = _require_linear(hidden, weight)
     batch = _flatten(
-        hidden, weight.shape[0], targets, objective, token_weights, ignore_index, generator, compute_dtype
+        hidden, weight.shape[0], targets, shaping, token_weights, ignore_index, generator, compute_dtype
     )
     request = LossRequest(
         batch=batch,
-        plan=_plan(objective, metrics_top_k, return_metrics),
+        plan=_plan(shaping, metrics_top_k, return_metrics),
         summed=_require_reduction(reduction) != "none",
         compute_dtype=compute_dtype,
     )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     if _require_implementation(implementation) == "reference":
         loss, metrics = reference.linear_loss(
-            hidden_ND, weight, partial(find_entry(objective).reference, objective), request
+            hidden_ND, weight, partial(find_entry(shaping).reference, shaping), request
         )
     else:
         loss, metrics = chunked.linear_loss(hidden_ND, weight, request)

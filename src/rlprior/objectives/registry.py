@@ -93,5 +93,5 @@ def find_entry(objective: Objective) -> Entry:
     entry = REGISTRY.get(getattr(objective, "name", ""))
     if entry is None or not isinstance(objective, entry.settings):
         known = ", ".join(entry.settings.__name__ for entry in REGISTRY.values())
-        raise ValueError(f"objective must be an instance of one of {known}; got {objective!r}")
+        raise ValueError(f"shaping must be an instance of one of {known}; got {objective!r}")
     return entry
