@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlprior.study.plan import PlannedRun
 
-EFFICIENCY = 0.3
+EFFICIENCY = 0.6
 """Share of a large matrix product's speed that small models reach on a CPU, measured on the demo; larger models reach more."""
 
 
