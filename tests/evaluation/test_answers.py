@@ -76,7 +76,7 @@ def test_counts_by_hand(policy: tuple[Any, Any], tmp_path: Path, monkeypatch: py
         [" #### 5", " #### 5", " #### 7", "no"],  # a majority for the right answer
         [" #### 5", " #### 7", "no", "no"],  # a tie of right and wrong
         [" #### 7", " #### 7", " #### 5", " 1+…"],  # a majority for a wrong answer, one cut
-        ["no", "no", " ##…", " #### 5…"],  # cut, but the answer was there
+        ["no", "no", " ##…", " #### 5\n…"],  # cut, but the answer was there
     ]
     monkeypatch.setattr(answers_module, "sample", scripted(policy[1], texts))
     columns, progress = answer(policy, problems, tmp_path / "pool.jsonl")
@@ -198,3 +198,15 @@ def test_frequent_answers_by_hand() -> None:
     answers = ["3", "1", "3", "2", "3", "2"]
     assert frequent_answers_baseline(answers, 4) == [3 / 6, 5 / 6, 1.0, 1.0]
     assert frequent_answers_baseline(["1"], 1) == [1.0]
+
+
+def test_grades_of_other_samples_are_not_reused(
+    policy: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [Problem(id="0", task="t", difficulty=1, prompt="Q: 0\nA:", solution="", answer="5")]
+    path = tmp_path / "pool.jsonl"
+    for text, num_correct in ((" #### 5", 2), (" #### 7", 0)):
+        monkeypatch.setattr(answers_module, "sample", scripted(policy[1], [[text, text]]))
+        columns, _ = answer(policy, problems, path, samples_per_problem=2)
+        assert columns["num_correct"] == [num_correct]
+        path.unlink()

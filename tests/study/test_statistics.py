@@ -176,6 +176,13 @@ class TestIntervalsAgainstOracles:
         assert not found.decided
         assert "agree exactly" in found.warning
 
+    def test_seeds_that_all_score_zero_are_no_more_certain_than_one_of_them(self) -> None:
+        none = questions(np.zeros(20))
+        one, two = estimate([none]), estimate([none, none])
+        assert (two.low, two.high) == (one.low, one.high)
+        assert two.high > 5
+        assert "agree exactly" in two.warning
+
     def test_scores_stay_in_range(self) -> None:
         found = estimate([questions(np.array([100.0] * 20 + [90.0])), questions(np.array([100.0] * 21))])
         assert found.high == 100.0

@@ -127,7 +127,8 @@ def test_a_cut_response_is_truncated_only_without_an_answer(
     answer: str, response: str, status: Status
 ) -> None:
     expected = Status.TRUNCATED if status is NONE else status
-    assert verify(problem(answer), response, truncated=True).status is expected
+    # the line break shows that the answer was finished
+    assert verify(problem(answer), response + "\n", truncated=True).status is expected
 
 
 def test_extracted_is_none_exactly_without_a_verdict_on_an_answer() -> None:
@@ -205,3 +206,18 @@ def test_no_repetition_makes_it_slow(unit: str) -> None:
         extract_answer(text)
     # Four responses take about a millisecond; a regular expression that backtracks takes seconds.
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("response", "status"),
+    [
+        (" 3+5 #### 8", Status.TRUNCATED),
+        (" the answer is 8", Status.TRUNCATED),
+        (" #### 8\nQ", Status.CORRECT),
+        (r" \boxed{8}", Status.CORRECT),
+        (" #### 9\n", Status.WRONG),
+    ],
+)
+def test_a_cut_response_is_graded_only_if_its_answer_was_finished(response: str, status: Status) -> None:
+    problem = Problem(id="", task="", difficulty=1, prompt="Q: 3+5\nA:", solution=" #### 8", answer="8")
+    assert verify(problem, response, truncated=True).status is status

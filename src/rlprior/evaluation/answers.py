@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlprior.config import fingerprint
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
-from rlprior.runs import code_fingerprint
+from rlprior.runs import code_fingerprint, file_hash
 from rlprior.samples.estimators import cons_at_m
 from rlprior.samples.grades import Grade, grade, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
 from rlprior.seeding import torch_generator
 from rlprior.tasks.problem import Problem, Status
-from rlprior.tasks.verify import verify
+from rlprior.tasks.verify import canonical_answer, verify
 
 ROWS_PER_BATCH = 512
 """Responses sampled together: enough to fill the processor, few enough for their caches to stay small."""
@@ -65,7 +66,9 @@ def answer_problems(
         progress(len(batch) * samples_per_problem)
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = path.with_suffix(".grades.jsonl")
-    grader = f"rules-{code_fingerprint(['rlprior.tasks.verify'])}"
+    # grades hold for these rules, these samples and these gold answers
+    judged = fingerprint([file_hash(path), [[problem.id, problem.answer] for problem in problems]])
+    grader = f"rules-{code_fingerprint(['rlprior.tasks.verify'])}-{judged}"
     grades = read_grades(grades_path, grader=grader)
     if grades is None:
         grades = grade([one for pool in pools for one in pool], by_id, verify)
@@ -135,8 +138,8 @@ def frequent_answers_baseline(answers: Sequence[str], max_guesses: int) -> list[
 
     Differs: the guesses are ranked on the very problems they are scored on, which flatters the baseline: no constant guesses do better.
 
-    >>> frequent_answers_baseline(["1", "2", "2", "3"], 2)
+    >>> frequent_answers_baseline(["1", "2", "2.0", "3"], 2)
     [0.5, 0.75]
     """
-    counts = [count for _, count in Counter(answers).most_common()]
+    counts = [count for _, count in Counter(map(canonical_answer, answers)).most_common()]
     return [sum(counts[:k]) / len(answers) for k in range(1, max_guesses + 1)]

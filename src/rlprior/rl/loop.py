@@ -108,6 +108,7 @@ def run(config: RLRunConfig, run: Run) -> Path:
                 **measured,
                 "learning_rate": rate,
                 "num_empty_steps": state["num_empty"],
+                "num_skipped": updater.num_skipped,
             }
             sampled = sum(len(r.token_ids) for group in rollout.drawn for r in group.responses)
             timing = {"rollout_tokens_per_second": sampled / rollout_seconds, "step_seconds": seconds}

@@ -51,6 +51,7 @@ def answer_question(study: Study, analysis: Analysis, checks: Sequence[Check]) -
                     describe_family(f"Gain in {score}", task.gain["avg"], baseline),
                 ),
                 (f"What RL did on {task.name}", _describe_gains(score, task.rl_gains["avg"])),
+                (f"What RL did to reach on {task.name}", _describe_gains(reach, task.rl_gains["pass"])),
                 (f"Reach after RL on {task.name}", describe_family(reach, task.after["pass"], baseline)),
             ]
         if any(row.before for row in task.rows):
@@ -171,7 +172,14 @@ def _limits(study: Study, analysis: Analysis) -> Iterable[str]:
     if analysis.comparisons:
         yield (
             "Several objectives are compared at once. In the sentences above, larger than chance means after Bonferroni's "
-            "correction; the intervals in tables and figures are 95% each, uncorrected. Not told apart does not mean equal."
+            "correction for the objectives within one sentence, not for all sentences together; the intervals in tables and figures "
+            "are 95% each, uncorrected. Not told apart does not mean equal."
+        )
+    if any(row.before or row.after for task in analysis.tasks for row in task.rows):
+        yield (
+            "All objectives are sampled at one temperature, and they differ in how peaked their predictions are: a difference in "
+            "scores may be one of effective temperature. The control for it, the baseline tempered to each objective's entropy, "
+            "is not part of this study."
         )
     parameters = study.model.get("num_parameters")
     if parameters:

@@ -295,10 +295,11 @@ def _seed_interval(measurements: Sequence[Measurement], level: float) -> Interva
     n, value = len(values), float(values.mean())
     spread = float(values.std(ddof=1))
     warning = ""
-    if bounds and spread <= 1e-12 * abs(value) and value:
+    if spread <= 1e-12 * max(1.0, abs(value)):
         # Scores come in steps: a few seeds can agree by chance, and that says nothing about the spread of others.
-        low, high = bounds
-        warning = f"the {n} seeds agree exactly, which leaves no spread to judge by"
+        single = [estimate([one], level=level) for one in measurements]
+        low, high = min(one.low for one in single), max(one.high for one in single)
+        warning = f"the {n} seeds agree exactly, which leaves no spread to judge by; the interval is that of one seed"
     else:
         half_width = float(stats.t.ppf(0.5 + level / 2, n - 1)) * spread / math.sqrt(n)
         low, high = value - half_width, value + half_width

@@ -60,7 +60,8 @@ def verify(problem: Problem, response: str, *, truncated: bool = False) -> Verdi
     Verdict(status=<Status.TRUNCATED: 'truncated'>, extracted=None)
     """
     extracted = extract_answer(response)
-    if extracted is None:
+    # of a response that was cut, an answer that one more digit would change was not finished
+    if extracted is None or (truncated and extracted != extract_answer(response + "0")):
         return Verdict(Status.TRUNCATED if truncated else Status.UNPARSABLE, None)
     correct = extracted == canonical_answer(problem.answer)
     return Verdict(Status.CORRECT if correct else Status.WRONG, extracted)

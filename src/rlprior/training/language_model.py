@@ -228,7 +228,7 @@ def train_step(
         loss (the objective's surrogate value, not comparable between objectives), gradient_norm, and where `with_metrics` plain
         cross_entropy_nats, entropy_nats, head_mass and target_rank, each a mean over targets.
     """
-    num_targets = int((batch.targets != IGNORE_INDEX).sum())
+    num_targets = max(1, int((batch.targets != IGNORE_INDEX).sum()))
     # only the sampled estimator draws; the stream depends on the step alone, so that a resumed run draws the same
     generator = (
         torch_generator(seed, "objective", step) if isinstance(training.objective, SampledReward) else None
