@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
+from torch import Tensor
 
+from rlprior.cli import main
 from rlprior.config import apply_overrides, decode
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import PlannedRun, plan_run, plan_study
 from rlprior.study.runner import execute
+from rlprior.training.checkpoint import checkpoint_directory
 
 _PROBLEMS = {"families": ["addition", "subtraction"], "difficulties": [1]}
 
@@ -208,3 +212,29 @@ def outcome(directory: Path) -> dict[str, bytes]:
     files = [directory / "metrics.jsonl", directory / "result.json", *sorted(last.iterdir())]
     assert {"model.safetensors", "optimizer.safetensors"} <= {file.name for file in files}
     return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
+
+
+class GradientRecorder:
+    """Takes the place of `Updater`: keeps the gradients and changes nothing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.gradients: list[Tensor] = []
+
+    def apply(self, loss: float, learning_rate: float, *, step: int) -> float:
+        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return 0.0
+
+
+def train_small_model(root: Path) -> Path:
+    """The run that `rlprior train` makes of the small study's pre-training."""
+    assert (
+        main(["train", str(write_toml(root / "train.toml", train_tables())), "--out", str(root / "run")]) == 0
+    )
+    return root / "run"
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Where `train_small_model` leaves its last checkpoint."""
+    return checkpoint_directory(run, _TABLES["pretrain"]["num_steps"])

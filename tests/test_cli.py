@@ -15,9 +15,11 @@ from tests.small_study import (
     command,
     environment,
     files_below,
+    last_checkpoint,
     rl_tables,
     run_cli,
     study_tables,
+    train_small_model,
     train_tables,
     write_toml,
 )
@@ -32,15 +34,7 @@ from rlprior.training.checkpoint import checkpoint_directory
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that `rlprior train` makes of the small study's pre-training."""
-    root = tmp_path_factory.mktemp("trained")
-    assert (
-        main(["train", str(write_toml(root / "train.toml", train_tables())), "--out", str(root / "run")]) == 0
-    )
-    return root / "run"
-
-
-def last_checkpoint(run: Path) -> Path:
-    return checkpoint_directory(run, 6)
+    return train_small_model(tmp_path_factory.mktemp("trained"))
 
 
 def evaluate_tables() -> dict[str, Any]:

@@ -8,24 +8,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.small_study import files_below, rl_tables, run_cli, study_tables, train_tables, write_toml
+from tests.small_study import (
+    files_below,
+    last_checkpoint,
+    rl_tables,
+    run_cli,
+    study_tables,
+    train_small_model,
+    train_tables,
+    write_toml,
+)
 
 from rlprior.cli import main
-from rlprior.training.checkpoint import checkpoint_directory
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that `rlprior train` makes of the small study's pre-training."""
-    root = tmp_path_factory.mktemp("trained")
-    assert (
-        main(["train", str(write_toml(root / "train.toml", train_tables())), "--out", str(root / "run")]) == 0
-    )
-    return root / "run"
-
-
-def last_checkpoint(run: Path) -> Path:
-    return checkpoint_directory(run, 6)
+    return train_small_model(tmp_path_factory.mktemp("trained"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:

@@ -202,8 +202,6 @@ def _run_study(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_train(known: argparse.Namespace, overrides: list[str]) -> int:
-    from dataclasses import replace
-
     from rlprior.runs import input_identity
     from rlprior.study.config import TrainFile
     from rlprior.study.plan import plan_data, plan_run
@@ -211,7 +209,7 @@ def _run_train(known: argparse.Namespace, overrides: list[str]) -> int:
 
     file = _load(TrainFile, known.file, known, overrides)
     out = (known.out or Path("runs") / known.file.stem).resolve()
-    data = plan_data(replace(file.data, data_dir=file.data.data_dir or file.data_dir), out.parent)
+    data = plan_data(file.data, out.parent, file.data_dir)
     config = LanguageModelConfig(
         training=file.training,
         corpus=str(data.directory),
@@ -246,8 +244,6 @@ def _run_rl(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
-    from dataclasses import replace
-
     from rlprior.evaluation.stage import EvaluationRunConfig, describe_results
     from rlprior.runs import input_identity
     from rlprior.study.config import EvaluateFile
@@ -255,7 +251,7 @@ def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
 
     file = _load(EvaluateFile, known.config, known, overrides)
     out = (known.out or Path("runs") / f"evaluate-{known.model.name}").resolve()
-    data = plan_data(replace(file.data, data_dir=file.data.data_dir or file.data_dir), out.parent)
+    data = plan_data(file.data, out.parent, file.data_dir)
     config = EvaluationRunConfig(
         evaluation=file.evaluation,
         target=str(known.model.resolve()),

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_study import Killed, crash_on_call, find_run, make_run, outcome, study_config
+from tests.small_study import (
+    GradientRecorder,
+    Killed,
+    crash_on_call,
+    find_run,
+    make_run,
+    outcome,
+    study_config,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -43,19 +51,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(CONFIG.model, load_tokenizer(tokenizer_directory), max_positions=64, seed=0)
     save_model(model, root / "policy", tokenizer_directory=tokenizer_directory)
     return root / "policy"
-
-
-class GradientRecorder:
-    """Takes the place of `Updater`: keeps the gradients and changes nothing."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        self.gradients: list[Tensor] = []
-
-    def apply(self, loss: float, learning_rate: float, *, step: int) -> float:
-        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-        self.model.zero_grad(set_to_none=True)
-        return 0.0
 
 
 def spread_model() -> Any:

@@ -67,6 +67,17 @@ class Size:
     intermediate_samples: int = 8
 
 
+SMALL = Size(
+    documents=40,
+    questions=40,
+    samples=4,
+    intermediate_documents=20,
+    intermediate_questions=20,
+    intermediate_samples=2,
+)
+"""Enough to exercise every part of a report, and no more."""
+
+
 def make_fake_study(
     directory: Path,
     arms: Mapping[str, Effect] = PAPER_ARMS,

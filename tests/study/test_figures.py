@@ -10,22 +10,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.text import Text
-from tests.study.fake_study import Size, make_fake_study
+from tests.study.fake_study import SMALL, make_fake_study
 
 from rlprior.study.analysis import analyse
 from rlprior.study.curves import smooth, text_curves
 from rlprior.study.drawing import DOTS_PER_INCH, WIDTH_INCHES
 from rlprior.study.figures import draw_figures
 from rlprior.study.results import Study, load_study
-
-SMALL = Size(
-    documents=40,
-    questions=40,
-    samples=4,
-    intermediate_documents=20,
-    intermediate_questions=20,
-    intermediate_samples=2,
-)
 
 
 @pytest.fixture(scope="module")

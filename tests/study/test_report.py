@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from tests.study.fake_study import PAPER_ARMS, SAME_ARMS, Size, make_fake_study
+from tests.study.fake_study import PAPER_ARMS, SAME_ARMS, SMALL, make_fake_study
 from tests.study.headless_browser import find_browser, headless_browser
 
 from rlprior.config import RunError, UsageError
@@ -24,15 +24,6 @@ from rlprior.study.report import write_report
 from rlprior.study.results import load_study
 from rlprior.study.sanity import check_study
 from rlprior.study.statistics import Comparison
-
-SMALL = Size(
-    documents=40,
-    questions=40,
-    samples=4,
-    intermediate_documents=20,
-    intermediate_questions=20,
-    intermediate_samples=2,
-)
 
 
 @pytest.fixture(scope="module")

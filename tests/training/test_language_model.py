@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_study import make_run, study_config
+from tests.small_study import GradientRecorder, make_run, study_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,19 +55,6 @@ def train(directory: Path, corpus: Corpus, **changes: Any) -> PlannedRun:
 
 def metrics_of(run: PlannedRun) -> list[dict[str, Any]]:
     return read_jsonl(run.directory / "metrics.jsonl")
-
-
-class GradientRecorder:
-    """Takes the place of `Updater`: keeps the gradients and changes nothing."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        self.gradients: list[Tensor] = []
-
-    def apply(self, loss: float, learning_rate: float, *, step: int) -> float:
-        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-        self.model.zero_grad(set_to_none=True)
-        return 0.0
 
 
 def small_model(corpus: Corpus, seed: int = 0) -> Any:

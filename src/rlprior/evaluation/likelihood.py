@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlprior.config import UsageError
-from rlprior.data.packing import Corpus
+from rlprior.data.packing import IGNORE_INDEX, Corpus
 from rlprior.models.causal_lm import evaluation_mode, head_weight
 from rlprior.objectives import CrossEntropy, linear_shaped_cross_entropy
 
@@ -114,7 +114,7 @@ def _measure_windows(
     pieces = [documents[number].token_ids[start : start + window_tokens + 1] for number, start in batch]
     longest = max(len(piece) for piece in pieces) - 1
     inputs_RT = torch.zeros(len(batch), longest, dtype=torch.long)
-    targets_RT = torch.full((len(batch), longest), -100)
+    targets_RT = torch.full((len(batch), longest), IGNORE_INDEX)
     for row, piece in enumerate(pieces):
         ids = torch.from_numpy(piece.astype(np.int64))
         # padding on the right: causal attention never looks at it, and its targets are ignored

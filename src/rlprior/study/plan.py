@@ -13,10 +13,12 @@ from rlprior.data.config import DataConfig
 from rlprior.evaluation import stage as evaluation_stage
 from rlprior.models.presets import num_parameters, training_flops_per_token
 from rlprior.rl import loop
+from rlprior.rl.config import RLConfig
 from rlprior.runs import RunIdentity, identify, input_identity
 from rlprior.study.config import StudyConfig
 from rlprior.tasks.config import TaskConfig
 from rlprior.training import checkpoint, language_model
+from rlprior.training.language_model import TrainingConfig
 
 STAGES: dict[str, Any] = {
     "data": prepare,
@@ -96,7 +98,7 @@ def plan_study(config: StudyConfig, directory: Path) -> list[PlannedRun]:
         UsageError: a data file that the study names is not there.
     """
     root = directory / "runs"
-    data = plan_data(replace(config.data, data_dir=config.data.data_dir or config.data_dir), root)
+    data = plan_data(config.data, root, config.data_dir)
     plan = [data]
     for seed in config.seeds:
         for arm in config.arms:
@@ -104,8 +106,9 @@ def plan_study(config: StudyConfig, directory: Path) -> list[PlannedRun]:
     return plan
 
 
-def plan_data(data: DataConfig, root: Path) -> PlannedRun:
-    """The run that prepares a corpus, in a folder of `root`."""
+def plan_data(data: DataConfig, root: Path, data_dir: str | None) -> PlannedRun:
+    """The run that prepares a corpus, in a folder of `root`; `data_dir` is where its paths start unless it names its own."""
+    data = replace(data, data_dir=data.data_dir or data_dir)
     inputs = {name: input_identity(path) for name, path in prepare.input_files(data).items()}
     return plan_run("data", data, label="data", root=root, inputs={"data_dir": "", **inputs})
 
@@ -135,8 +138,7 @@ def _plan_arm(config: StudyConfig, root: Path, data: PlannedRun, arm: str, seed:
             seed=seed,
             cost=training.num_tokens * training_flops_per_token(shape, vocab_size, training.sequence_length),
         )
-        milestones = [step for step in range(1, training.num_steps + 1) if training.is_milestone(step)]
-        plan += [before, _plan_evaluation(config, root, data, before, milestones)]
+        plan += [before, _plan_evaluation(config, root, data, before, training)]
     assert before is not None
     rl_config = loop.RLRunConfig(
         rl=config.rl, init_from=str(last_checkpoint(before)), seed=seed, data_dir=config.data_dir
@@ -157,8 +159,7 @@ def _plan_arm(config: StudyConfig, root: Path, data: PlannedRun, arm: str, seed:
         # sampling costs a third of a training pass; responses are taken to be 64 tokens, groups drawn twice
         cost=num_samples * 64 * 2.0 * training_flops_per_token(shape, vocab_size, 64),
     )
-    milestones = [step for step in range(1, config.rl.num_steps + 1) if config.rl.is_milestone(step)]
-    return [*plan, rl, _plan_evaluation(config, root, data, rl, milestones)]
+    return [*plan, rl, _plan_evaluation(config, root, data, rl, config.rl)]
 
 
 def last_checkpoint(run: PlannedRun) -> Path:
@@ -167,8 +168,13 @@ def last_checkpoint(run: PlannedRun) -> Path:
 
 
 def _plan_evaluation(
-    config: StudyConfig, root: Path, data: PlannedRun, target: PlannedRun, milestones: list[int]
+    config: StudyConfig,
+    root: Path,
+    data: PlannedRun,
+    target: PlannedRun,
+    stage: TrainingConfig | RLConfig,
 ) -> PlannedRun:
+    milestones = [step for step in range(1, stage.num_steps + 1) if stage.is_milestone(step)]
     evaluation = config.evaluation
     run_config = evaluation_stage.EvaluationRunConfig(
         evaluation=evaluation,

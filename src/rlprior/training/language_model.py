@@ -165,7 +165,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
             run.log(record, timing={"tokens_per_second": speed})
             note = f"loss {measured['cross_entropy_nats']:.3f}, {speed:,.0f} tokens/s"
             run.progress(
-                step, training.num_steps, unit="steps", rate=steps_per_second(speed, training), note=note
+                step, training.num_steps, unit="steps", rate=speed / training.batch_tokens, note=note
             )
         if step % training.save_every == 0 or training.is_milestone(step):
             state = {"tokens": tokens, **updater.counters}
@@ -180,11 +180,6 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
             )
     run.finish({"checkpoint": str(last.relative_to(run.directory)), "num_skipped": updater.num_skipped})
     return last
-
-
-def steps_per_second(tokens_per_second: float, training: TrainingConfig) -> float:
-    """Updates a second at a token rate."""
-    return tokens_per_second / training.batch_tokens
 
 
 def _start_model(config: LanguageModelConfig, corpus: Corpus, checkpoint: Path | None) -> Any:
