@@ -90,12 +90,21 @@ def _open_pool(num_workers: int, num_threads: int) -> Iterator[ProcessPoolExecut
 
 @contextlib.contextmanager
 def _started_without_interrupts() -> Iterator[None]:
-    """Processes that start inside ignore Ctrl-C from their first moment: the one that a person talks to ends them."""
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that start inside never see Ctrl-C: the one that a person talks to ends them.
+
+    A Ctrl-C that comes meanwhile is raised at the end: a process inherits a blocked signal, not a handler, and
+    whichever thread takes the signal, the handler only notes it.
+    """
+    interrupts: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, former)
+        if interrupts:
+            raise KeyboardInterrupt
 
 
 def _submit_ready(
