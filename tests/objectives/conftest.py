@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -158,11 +159,21 @@ def oracle_uniforms(objective: Objective, n: int) -> list[list[float]]:
     return torch.rand(n, objective.num_samples, dtype=torch.float64, generator=generator).tolist()
 
 
-def oracle(objective: Objective, inputs: Inputs, reduction: str, upstream: Tensor | float) -> Outcome:
+def oracle(
+    objective: Objective,
+    inputs: Inputs,
+    reduction: str,
+    upstream: Tensor | float,
+    *,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Outcome:
     """Loss and gradients in float64, from autograd on the definitions."""
     hidden = inputs.hidden.double().detach().requires_grad_()
     weight = inputs.weight.double().detach().requires_grad_()
     logits = hidden @ weight.T
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
     uniforms = oracle_uniforms(objective, len(logits))
     rows = []
     for index, target in enumerate(inputs.targets.tolist()):
@@ -170,6 +181,7 @@ def oracle(objective: Objective, inputs: Inputs, reduction: str, upstream: Tenso
             rows.append(torch.zeros((), dtype=torch.float64))
             continue
         row = oracle_row(objective, logits[index], target, uniforms[index])
+        row = row + z_loss * logits[index].logsumexp(0) ** 2
         rows.append(row * inputs.token_weights[index])
     loss = torch.stack(rows)
     if reduction != "none":
@@ -183,12 +195,17 @@ def oracle(objective: Objective, inputs: Inputs, reduction: str, upstream: Tenso
 
 
 def compute(
-    path: str, objective: Objective, inputs: Inputs, reduction: str, upstream: Tensor | float = 1.0
+    path: str,
+    objective: Objective,
+    inputs: Inputs,
+    reduction: str,
+    upstream: Tensor | float = 1.0,
+    **options: Any,
 ) -> Outcome:
     """The same from the package."""
     hidden = inputs.hidden.detach().clone().requires_grad_()
     weight = inputs.weight.detach().clone().requires_grad_()
-    options = {"token_weights": inputs.token_weights, "reduction": reduction, "return_metrics": True}
+    options |= {"token_weights": inputs.token_weights, "reduction": reduction, "return_metrics": True}
     if path == "logits":
         loss, metrics = shaped_cross_entropy(hidden @ weight.T, inputs.targets, objective, **options)
     else:
@@ -229,7 +246,9 @@ class Bench:
     inputs: type[Inputs]
     paths: tuple[str, ...]
 
-    def check(self, path: str, objective: Objective, inputs: Inputs, tolerance: float = 1e-11) -> None:
+    def check(
+        self, path: str, objective: Objective, inputs: Inputs, tolerance: float = 1e-11, **options: Any
+    ) -> None:
         """Every reduction of one path against the oracle, with upstream gradients other than 1.
 
         The default tolerance is for float64: sums of some hundred terms and exponents of about 30 cost
@@ -237,8 +256,9 @@ class Bench:
         """
         upstream_N = torch.linspace(-2, 3, len(inputs.targets), dtype=torch.float64)
         for reduction, upstream in (("none", upstream_N), ("sum", 1.7), ("mean", -0.3)):
-            expected = self.oracle(objective, inputs, reduction, upstream)
-            self.assert_agree(self.compute(path, objective, inputs, reduction, upstream), expected, tolerance)
+            expected = self.oracle(objective, inputs, reduction, upstream, **options)
+            actual = self.compute(path, objective, inputs, reduction, upstream, **options)
+            self.assert_agree(actual, expected, tolerance)
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,11 @@ def linear(**changes):
         ({"token_weights": torch.ones(2, dtype=torch.complex64)}, "token_weights must be real"),
         ({"reduction": "average"}, "reduction must be 'mean', 'sum' or 'none', got 'average'"),
         ({"implementation": "fast"}, "implementation must be one of .*'auto'.*got 'fast'"),
+        ({"chunk_rows": 0}, "chunk_rows must be None or an integer of at least 1, got 0"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be None or a finite number above 0, got 0.0"),
+        ({"logit_softcap": float("inf")}, "logit_softcap must be"),
+        ({"z_loss": -1e-4}, "z_loss must be a finite number of at least 0, got -0.0001"),
+        ({"z_loss": float("nan")}, "z_loss must be"),
         ({"shaping": "cross_entropy"}, "shaping must be an instance of one of CrossEntropy"),
         ({"shaping": CrossEntropy}, "shaping must be an instance"),
     ],
@@ -132,6 +137,41 @@ def test_token_weights_may_be_a_mask():
     masked = linear(hidden=hidden, token_weights=torch.tensor([True, False]), reduction="none")
     assert masked[1] == 0
     assert masked[0] == linear(hidden=hidden, reduction="none")[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_the_size_of_a_chunk_changes_nothing_but_rounding(bench, objective, reduction, chunk_rows):
+    inputs = bench.make_inputs()
+    expected = bench.compute("chunked", objective, inputs, reduction)
+    actual = bench.compute("chunked", objective, inputs, reduction, chunk_rows=chunk_rows)
+    bench.assert_agree(actual, expected, 1e-13)
+
+
+class Net(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6, dtype=torch.float64)
+        self.layer = nn.Linear(6, 6, dtype=torch.float64)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layer(self.embedding(tokens[:, :-1])))
+        shaping = RewardShaping(beta=0.5, tail_reward=-0.1, top_k=3)
+        return linear_shaped_cross_entropy(hidden, self.embedding.weight, tokens[:, 1:], shaping)
+
+
+def test_a_compiled_model_gets_the_gradients_of_an_eager_one():
+    torch.manual_seed(0)
+    net, tokens = Net(), torch.randint(11, (3, 8))
+    gradients = []
+    for model in (net, torch.compile(net, backend="aot_eager")):
+        net.zero_grad()
+        model(tokens).backward()
+        gradients.append([parameter.grad.clone() for parameter in net.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])

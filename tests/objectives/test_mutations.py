@@ -118,6 +118,20 @@ def token_weight_on_the_loss_alone(patch):
     patch.setattr("rlprior.objectives.chunked.evaluate_rows_", evaluate)
 
 
+def z_loss_without_the_target(patch):
+    exact = formulas.add_z_loss
+
+    def add(terms, row, z_loss):
+        return dataclasses.replace(exact(terms, row, z_loss), target_gradient=terms.target_gradient)
+
+    patch.setattr(closed_form, "add_z_loss", add)
+
+
+def softcap_without_its_slope(patch):
+    exact = closed_form._cap_
+    patch.setattr(closed_form, "_cap_", lambda *arguments: torch.ones_like(exact(*arguments)))
+
+
 MUTATIONS = {
     focal_form_of_eq_11: ("logits", "chunked", "reference"),
     exponent_without_its_complement: ("logits", "chunked", "reference"),
@@ -132,6 +146,8 @@ MUTATIONS = {
     mean_over_the_sum_of_weights: ("logits", "chunked", "reference"),
     mean_over_all_positions: ("logits", "chunked", "reference"),
     token_weight_on_the_loss_alone: ("logits", "chunked"),
+    z_loss_without_the_target: ("logits", "chunked"),
+    softcap_without_its_slope: ("logits", "chunked"),
 }
 
 
@@ -141,8 +157,8 @@ MUTATIONS = {
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_oracle_rejects(bench, monkeypatch, mutation, mutated_path):
-    inputs = bench.make_inputs(seed=1)
-    bench.check(mutated_path, SHAPING, inputs)
+    inputs, options = bench.make_inputs(seed=1), {"logit_softcap": 20.0, "z_loss": 0.01}
+    bench.check(mutated_path, SHAPING, inputs, **options)
     mutation(monkeypatch)
     with pytest.raises(AssertionError, match="largest error"):
-        bench.check(mutated_path, SHAPING, inputs)
+        bench.check(mutated_path, SHAPING, inputs, **options)

@@ -28,6 +28,28 @@ def test_float32_matches_the_oracle(bench, objective, path):
     bench.check(path, objective, inputs, tolerance=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_softcap": 3.0}, {"z_loss": 0.01}, {"logit_softcap": 30.0, "z_loss": 1.0}],
+    ids=lambda options: " and ".join(options),
+)
+def test_options_compose_with_every_objective(bench, objective, path, options):
+    bench.check(path, objective, bench.make_inputs(seed=2), **options)
+
+
+def test_excluded_logits_stay_excluded_under_a_softcap():
+    # tanh(-inf) is -1: a padded column would come back with a logit of -c.
+    logits = torch.tensor([[1.0, -torch.inf, 0.5]], dtype=torch.float64, requires_grad=True)
+    kept = torch.tensor([[1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    shaping = RewardShaping(beta=-0.25, tail_reward=-0.1, top_k=1)
+    for inputs, target in ((logits, 2), (kept, 1)):
+        shaped_cross_entropy(
+            inputs, torch.tensor([target]), shaping, logit_softcap=2.0, z_loss=0.1
+        ).backward()
+    first, last = kept.grad.tolist()[0]
+    assert logits.grad.tolist()[0] == pytest.approx([first, 0, last], rel=1e-14)
+
+
 def test_gradient_rows_sum_to_zero(bench, objective):
     # Softmax ignores a constant added to a row, so the gradient has no component along it.
     inputs = bench.make_inputs()

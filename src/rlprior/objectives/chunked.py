@@ -37,12 +37,14 @@ class LossRequest:
         plan: what to compute for each row.
         summed: return the sum instead of a loss for each position.
         compute_dtype: dtype of the logits.
+        chunk_rows: positions whose logits are held at a time; None chooses by device, vocabulary and width.
     """
 
     batch: TokenBatch
     plan: RowPlan
     summed: bool
     compute_dtype: torch.dtype
+    chunk_rows: int | None = None
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -215,7 +217,9 @@ class _Pass:
             self.weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype)
         weight_VD = weight_VD.to(self.request.compute_dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here
-            for start, stop in self._chunks(_chunk_rows(hidden_ND.device, weight_VD.shape[0])):
+            for start, stop in self._chunks(
+                self.request.chunk_rows or _chunk_rows(hidden_ND.device, weight_VD.shape[0])
+            ):
                 self._run_chunk(hidden_ND, weight_VD, start, stop, upstream_N)
 
     def _run_chunk(

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from rlprior.objectives.batch import TokenBatch, TokenMetrics
-from rlprior.objectives.formulas import Draws, Needs, RowStatistics, RowTerms, draw_tokens, target_log_prob
+from rlprior.objectives.formulas import (
+    Draws,
+    Needs,
+    RowStatistics,
+    RowTerms,
+    add_z_loss,
+    draw_tokens,
+    target_log_prob,
+)
 from rlprior.objectives.selection import head_threshold, row_dot
 
 # Stands in for -inf in products with p = 0; its exponential is 0 in float32 and in float64.
@@ -30,11 +38,15 @@ class RowPlan:
         needs: the statistics that it asks for.
         metrics_top_k: head size of the metrics, or None where none are wanted. It is the objective's own where that
             selects a head, so that one selection serves both.
+        logit_softcap: c where the logits z are replaced by `c tanh(z / c)` before anything else; None leaves them.
+        z_loss: coefficient of the squared log normalizer that is added to the loss.
     """
 
     terms: Callable[[RowStatistics], RowTerms]
     needs: Needs
     metrics_top_k: int | None
+    logit_softcap: float | None = None
+    z_loss: float = 0.0
 
     @property
     def wants_metrics(self) -> bool:
@@ -82,6 +94,9 @@ def evaluate_rows_(
         gradient_scale_N: None where no gradient is wanted; the logits are then left in no useful state.
     """
     targets_N1 = batch.targets_N[:, None]
+    slope_NV = None
+    if plan.logit_softcap is not None:
+        slope_NV = _cap_(logits_NV, plan.logit_softcap, scratch)
     shifted = _shift_by_maximum_(logits_NV, targets_N1, plan, scratch)
     masses_NV = logits_NV.exp_()
     drawn_NS = None if batch.uniforms_NS is None else draw_tokens(masses_NV, batch.uniforms_NS)
@@ -95,10 +110,23 @@ def evaluate_rows_(
         draws = _draw_statistics(drawn_NS, drawn_masses_NS, targets_N1, total_N, shifted)
     row = _row_statistics(masses_NV, target_mass_N, other_mass_N, shifted, draws, scratch)
     terms = plan.terms(row)
+    if plan.z_loss:
+        terms = add_z_loss(terms, row, plan.z_loss)
     result = RowResult(loss=terms.loss, metrics=_token_metrics(row, shifted))
     if gradient_scale_N is not None:  # last: it uses up the buffers
         _write_gradient_(masses_NV, targets_N1, drawn_NS, total_N, terms, shifted, plan, gradient_scale_N)
+        if slope_NV is not None:
+            logits_NV.mul_(slope_NV)
     return result
+
+
+def _cap_(logits_NV: Tensor, softcap: float, scratch: Scratch) -> Tensor:
+    """Replace z by `c tanh(z / c)` and return the slope of that, `1 - tanh(z / c)^2`; -inf stays -inf, with slope 0."""
+    is_excluded_NV = logits_NV == -torch.inf
+    logits_NV.div_(softcap).tanh_()
+    slope_NV = torch.mul(logits_NV, logits_NV, out=scratch.take("slope", logits_NV)).neg_().add_(1)
+    logits_NV.mul_(softcap).masked_fill_(is_excluded_NV, -torch.inf)
+    return slope_NV
 
 
 @dataclass(frozen=True)
@@ -106,6 +134,7 @@ class _Shifted:
     """What is read off the logits before their exponential replaces them; masks hold 0 and 1 in the logits' dtype."""
 
     target_N: Tensor  # z_x - max_j z_j
+    max_N: Tensor
     head_NV: Tensor | None
     head_holds_target_N: Tensor | None
     copy_NV: Tensor | None  # z - max z, finite everywhere
@@ -134,6 +163,7 @@ def _shift_by_maximum_(logits_NV: Tensor, targets_N1: Tensor, plan: RowPlan, scr
         mean_N = logits_NV.masked_fill(finite_NV == 0, 0).sum(1) / finite_NV.sum(1)
     return _Shifted(
         target_N=(target_logits_N1 - max_N1)[:, 0],
+        max_N=max_N1[:, 0],
         head_NV=head_NV,
         head_holds_target_N=head_holds_target_N,
         copy_NV=copy_NV,
@@ -174,6 +204,7 @@ def _row_statistics(
         log_prob=target_log_prob(shifted.target_N, target_mass_N, other_mass_N),
         prob=target_mass_N / total_N,
         other_prob=other_prob_N,
+        log_normalizer=shifted.max_N + log_total_N,
         head_mass=head_mass_N,
         tail_mass=tail_mass_N,
         head_nats=head_nats_N,

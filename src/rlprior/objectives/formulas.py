@@ -9,7 +9,7 @@ of the k most probable tokens; `lambda-tilde` is the reward of wrong tokens in K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Draws:
 class RowStatistics:
     """What the closed forms need to know about each position.
 
+    `log_normalizer` is log sum_j exp(z_j), so that log p_j = z_j - log_normalizer.
     `head` is K without x and `tail` everything else but x; where no head was selected, all wrong tokens are counted as
     head. `*_mass` is a sum of p and `*_nats` a sum of -p log p. `mean_log_prob` runs over the `num_finite` tokens whose
     logit is not -inf. Statistics that the objective did not ask for in its `Needs` are None.
@@ -45,6 +46,7 @@ class RowStatistics:
     log_prob: Tensor
     prob: Tensor
     other_prob: Tensor
+    log_normalizer: Tensor
     head_mass: Tensor
     tail_mass: Tensor
     head_nats: Tensor | None = None
@@ -164,6 +166,21 @@ def draw_tokens(masses_NV: Tensor, uniforms_NS: Tensor) -> Tensor:
     return drawn_NS.clamp(
         max=masses_NV.shape[1] - 1
     )  # a row of nan draws something: its loss is nan, not an error
+
+
+def add_z_loss(terms: RowTerms, row: RowStatistics, z_loss: float) -> RowTerms:
+    """The same objective plus `z_loss * Z^2` with `Z = log sum_j exp(z_j)`; adds `2 z_loss Z p_j` to each dL/dz_j.
+
+    Source: the auxiliary loss of PaLM, arXiv:2204.02311, section 5, which takes 1e-4.
+    """
+    slope = 2 * z_loss * row.log_normalizer
+    return replace(
+        terms,
+        loss=terms.loss + z_loss * row.log_normalizer.square(),
+        head_scale=terms.head_scale + slope,
+        tail_scale=terms.tail_scale + slope,
+        target_gradient=terms.target_gradient + slope * row.prob,
+    )
 
 
 def cross_entropy_needs(settings: CrossEntropy) -> Needs:

@@ -5,8 +5,10 @@ Shape suffixes: N flattened positions, V vocabulary, D width, S draws.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, overload
+from typing import Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +26,13 @@ METRICS_TOP_K = 100
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["auto", "chunked", "reference"]
 
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _outside_compiled_graphs(function: F) -> F:
+    """The function, called as it is from a compiled model: it writes gradients in place, chunk by chunk."""
+    return cast(F, torch.compiler.disable(function))  # pyright: ignore[reportUnknownMemberType]
+
 
 @overload
 def shaped_cross_entropy(
@@ -36,6 +45,8 @@ def shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
     return_metrics: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -51,10 +62,13 @@ def shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, TokenMetrics]: ...
 
 
+@_outside_compiled_graphs
 def shaped_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -65,6 +79,8 @@ def shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Loss of next-token logits under any objective; nothing is shifted here.
@@ -79,6 +95,8 @@ def shaped_cross_entropy(
             change it), and is 0 where all are; "sum"; or "none", which is 0 at ignored positions.
         generator: source of the draws of `SampledReward`, in place of its seed; other objectives draw nothing.
         metrics_top_k: head size of the metrics; None is the objective's own `top_k`, or `METRICS_TOP_K`.
+        logit_softcap: c > 0 where the model's logits are `c tanh(z / c)`, as in Gemma 2; -inf stays -inf.
+        z_loss: coefficient, at least 0, of `(log sum_j exp(z_j))^2`, added to each position's loss (PaLM takes 1e-4).
         return_metrics: also return `TokenMetrics`, shaped like `targets`.
 
     Returns:
@@ -102,7 +120,7 @@ def shaped_cross_entropy(
     )
     request = LossRequest(
         batch=batch,
-        plan=_plan(shaping, metrics_top_k, return_metrics),
+        plan=_plan(shaping, metrics_top_k, return_metrics, logit_softcap, z_loss),
         summed=_require_reduction(reduction) != "none",
         compute_dtype=logits.dtype,
     )
@@ -123,6 +141,9 @@ def linear_shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_rows: int | None = None,
     return_metrics: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -140,10 +161,14 @@ def linear_shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_rows: int | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, TokenMetrics]: ...
 
 
+@_outside_compiled_graphs
 def linear_shaped_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -156,6 +181,9 @@ def linear_shaped_cross_entropy(
     *,
     generator: torch.Generator | None = None,
     metrics_top_k: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_rows: int | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Loss of the logits `hidden @ weight.T` under any objective, without holding all of them at once.
@@ -165,8 +193,9 @@ def linear_shaped_cross_entropy(
         weight: [V, D], in the dtype of `hidden` unless autocast is on; an embedding tied to the input will do.
         implementation: "chunked" keeps the logits of a few hundred positions at a time; "reference" holds them all
             and differentiates by autograd; "auto" is the best one there is for these inputs.
-        targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, return_metrics: as in
-            `shaped_cross_entropy`.
+        chunk_rows: positions whose logits are held at a time, at least 1; None chooses by device and vocabulary.
+        targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, logit_softcap, z_loss,
+            return_metrics: as in `shaped_cross_entropy`.
 
     Returns:
         As `shaped_cross_entropy`. Logits are computed in the dtype of `hidden` (or autocast's); "mean" and "sum"
@@ -189,9 +218,10 @@ def linear_shaped_cross_entropy(
     )
     request = LossRequest(
         batch=batch,
-        plan=_plan(shaping, metrics_top_k, return_metrics),
+        plan=_plan(shaping, metrics_top_k, return_metrics, logit_softcap, z_loss),
         summed=_require_reduction(reduction) != "none",
         compute_dtype=compute_dtype,
+        chunk_rows=_require_chunk_rows(chunk_rows),
     )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     if _require_implementation(implementation) == "reference":
@@ -203,8 +233,18 @@ def linear_shaped_cross_entropy(
     return _present(loss, metrics, targets, batch, reduction)
 
 
-def _plan(objective: Objective, metrics_top_k: int | None, wants_metrics: bool) -> RowPlan:
+def _plan(
+    objective: Objective,
+    metrics_top_k: int | None,
+    wants_metrics: bool,
+    logit_softcap: float | None,
+    z_loss: float,
+) -> RowPlan:
     entry = find_entry(objective)
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+        raise ValueError(f"logit_softcap must be None or a finite number above 0, got {logit_softcap!r}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number of at least 0, got {z_loss!r}")
     own_top_k: int | None = getattr(objective, "top_k", None)
     if metrics_top_k is not None:
         if metrics_top_k < 1:
@@ -217,6 +257,8 @@ def _plan(objective: Objective, metrics_top_k: int | None, wants_metrics: bool) 
         terms=partial(entry.terms, objective),
         needs=entry.needs(objective),
         metrics_top_k=(own_top_k or metrics_top_k or METRICS_TOP_K) if wants_metrics else None,
+        logit_softcap=logit_softcap,
+        z_loss=z_loss,
     )
 
 
@@ -259,6 +301,12 @@ def _require_implementation(implementation: str) -> str:
             f"implementation must be one of {('auto', *IMPLEMENTATIONS)}, got {implementation!r}"
         )
     return implementation
+
+
+def _require_chunk_rows(chunk_rows: int | None) -> int | None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be None or an integer of at least 1, got {chunk_rows!r}")
+    return chunk_rows
 
 
 def _flatten(

@@ -155,13 +155,20 @@ def linear_loss(
             hidden_ND[kept].to(request.compute_dtype), weight_VD.to(request.compute_dtype)
         )
         logits_NV = logits_NV.to(request.statistics_dtype)
+        softcap = request.plan.logit_softcap
+        if softcap is not None:
+            logits_NV = softcap * torch.tanh(logits_NV / softcap)
         model = Distribution(
             logits_NV=logits_NV.detach(),
             log_probs_NV=logits_NV.log_softmax(1),
             targets_N1=rows.targets_N[:, None],
             uniforms_NS=rows.uniforms_NS,
         )
-        losses_K = loss_of(model) if rows.weights_N is None else loss_of(model) * rows.weights_N
+        losses_K = loss_of(model)
+        if request.plan.z_loss:
+            losses_K = losses_K + request.plan.z_loss * logits_NV.logsumexp(1).square()
+        if rows.weights_N is not None:
+            losses_K = losses_K * rows.weights_N
     empty_N = torch.zeros(batch.targets_N.shape, dtype=request.statistics_dtype, device=hidden_ND.device)
     loss = losses_K.sum() if request.summed else empty_N.index_copy(0, kept, losses_K)
     if loss.requires_grad:
