@@ -98,11 +98,15 @@ def test_headline(
     [
         (
             (UP, DOWN, SAME),
-            "RL raised Avg@4 by more than chance under up (+4.0); lowered it under down (−6.0); made no difference larger than chance "
-            "under same (points).",
+            "RL raised Avg@4 by more than chance under up (+4.0); lowered it under down (−6.0); made no difference to Avg@4 larger "
+            "than chance under same (+1.0) (points).",
         ),
         ((DOWN,), "RL lowered Avg@4 by more than chance under down (−6.0) (points)."),
-        ((ALONE, SAME), "RL made no difference larger than chance under alone and same (points)."),
+        (
+            (ALONE, SAME),
+            "RL changed Avg@4 under alone (+3.0) if taken alone, but not after correction; made no difference to Avg@4 larger than "
+            "chance under same (+1.0) (points).",
+        ),
     ],
 )
 def test_what_rl_did(material: tuple[Study, Analysis], gains: tuple[Comparison, ...], words: str) -> None:

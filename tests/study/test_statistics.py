@@ -287,6 +287,13 @@ def test_real_effects_are_found(direction: int) -> None:
     assert math.copysign(1, found.effect) == direction
 
 
+def test_a_comparison_over_seeds_says_in_how_many_it_points_the_same_way() -> None:
+    left = [documents(np.array([2 + shift]), np.ones(1)) for shift in (0.2, 0.1, -0.1)]
+    found = against(left, [documents(np.array([2.0]), np.ones(1))] * 3)
+    assert found.seed_effects == pytest.approx((0.2, 0.1, -0.1))
+    assert "over 3 seeds, higher in 2)" in sentence(found)
+
+
 class TestWarnings:
     def test_few_units(self) -> None:
         assert "29 questions are few" in estimate([questions(np.linspace(20, 80, 29))]).warning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rlprior.study.analysis import Analysis
@@ -132,12 +132,16 @@ def _describe_gains(score: str, comparisons: Sequence[Comparison]) -> str:
     def arm(one: Comparison) -> str:
         return one.subject.removesuffix(" after RL")
 
-    up = [f"{arm(one)} ({_effect(one)})" for one in comparisons if one.decided_in_family and one.effect > 0]
-    down = [f"{arm(one)} ({_effect(one)})" for one in comparisons if one.decided_in_family and one.effect < 0]
-    rest = [arm(one) for one in comparisons if not one.decided_in_family]
+    def names(chosen: Callable[[Comparison], bool]) -> list[str]:
+        return [f"{arm(one)} ({_effect(one)})" for one in comparisons if chosen(one)]
+
+    up = names(lambda one: one.decided_in_family and one.effect > 0)
+    down = names(lambda one: one.decided_in_family and one.effect < 0)
+    alone = names(lambda one: one.decided and not one.decided_in_family)
+    rest = names(lambda one: not one.decided)
     clauses = [
         clause
-        for clause, names in (
+        for clause, found in (
             (f"raised {score} by more than chance under {join_names(up)}", up),
             (
                 f"lowered it under {join_names(down)}"
@@ -145,9 +149,10 @@ def _describe_gains(score: str, comparisons: Sequence[Comparison]) -> str:
                 else f"lowered {score} by more than chance under {join_names(down)}",
                 down,
             ),
-            (f"made no difference larger than chance under {join_names(rest)}", rest),
+            (f"changed {score} under {join_names(alone)} if taken alone, but not after correction", alone),
+            (f"made no difference to {score} larger than chance under {join_names(rest)}", rest),
         )
-        if names
+        if found
     ]
     return f"RL {'; '.join(clauses)} (points)."
 

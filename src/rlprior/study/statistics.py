@@ -93,6 +93,7 @@ class Comparison:
         decided: the interval leaves out 0.
         family_size: comparisons that ask the same question; Bonferroni's correction is for as many.
         decided_in_family: the interval at level 1 - (1 - level) / family_size leaves out 0 too.
+        seed_effects: the difference under each seed, in their order.
     """
 
     quantity: str
@@ -110,6 +111,7 @@ class Comparison:
     decided_in_family: bool
     method: str
     warning: str = ""
+    seed_effects: tuple[float, ...] = ()
 
 
 def difference(left: Measurement, right: Measurement) -> Measurement:
@@ -216,6 +218,7 @@ def compare(
         decided_in_family=_excludes_zero(corrected),
         method=interval.method,
         warning=interval.warning,
+        seed_effects=tuple(measurement.value for measurement in measurements),
     )
 
 
@@ -229,6 +232,10 @@ def sentence(comparison: Comparison) -> str:
     """
     one = comparison
     place = f"over {one.n} {one.unit_of_chance}"
+    if len(one.seed_effects) > 1:
+        num_higher, num_lower = (sum(sign * effect > 0 for effect in one.seed_effects) for sign in (1, -1))
+        direction, count = ("higher", num_higher) if one.effect > 0 else ("lower", num_lower)
+        place += f", {direction} in {count}"
     percent = f"{100 * one.level:g}% interval"
     number = functools.partial(format_number, decimals=useful_decimals(one.low, one.high))
     if not one.decided:
