@@ -73,16 +73,16 @@ def missing_stop_gradient(patch):
 
 
 def ties_left_out_of_the_head(patch):
-    def threshold(logits, top_k, scratch):
-        kth = logits.topk(top_k, dim=1).values[:, -1:]
+    def threshold(candidates, scratch):
+        kth = candidates.logits_NV.topk(candidates.top_k, dim=1).values[:, -1:]
         return torch.nextafter(kth, torch.full_like(kth, torch.inf))
 
     patch.setattr(closed_form, "head_threshold", threshold)
 
 
 def one_token_more_in_the_head(patch):
-    exact = closed_form.head_threshold
-    patch.setattr(closed_form, "head_threshold", lambda logits, top_k, s: exact(logits, top_k + 1, s))
+    exact = closed_form.find_candidates
+    patch.setattr(closed_form, "find_candidates", lambda logits, top_k: exact(logits, top_k + 1))
 
 
 def mean_over_the_sum_of_weights(patch):
@@ -110,10 +110,9 @@ def mean_over_all_positions(patch):
 def token_weight_on_the_loss_alone(patch):
     exact = closed_form.evaluate_rows_
 
-    def evaluate(logits, batch, plan, scratch, gradient_scale):
-        return exact(
-            logits, batch, plan, scratch, None if gradient_scale is None else torch.ones_like(gradient_scale)
-        )
+    def evaluate(logits, batch, plan, scratch, gradient_scale, *shard):
+        ones = None if gradient_scale is None else torch.ones_like(gradient_scale)
+        return exact(logits, batch, plan, scratch, ones, *shard)
 
     patch.setattr("rlprior.objectives.chunked.evaluate_rows_", evaluate)
 

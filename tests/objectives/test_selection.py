@@ -30,9 +30,22 @@ def head_by_sorting(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def assert_head_is_right(logits: torch.Tensor, top_k: int) -> None:
     before = logits.clone()
-    threshold = selection.head_threshold(logits, top_k, torch.full_like(logits, torch.nan))
+    candidates = selection.find_candidates(logits, top_k)
+    threshold = selection.head_threshold(candidates, torch.full_like(logits, torch.nan))
     assert torch.equal(logits, before)
-    assert torch.equal(logits >= threshold, head_by_sorting(logits, top_k))
+    expected = head_by_sorting(logits, top_k)
+    assert torch.equal(logits >= threshold, expected)
+    for for_all in (False, True):
+        head = selection.find_head(candidates, threshold, torch.full_like(logits, torch.nan), for_all=for_all)
+        assert head.is_member_NC.dtype == logits.dtype
+        is_member = torch.zeros_like(logits)
+        if head.columns_NC is None:
+            is_member = head.is_member_NC
+        else:
+            is_member.scatter_add_(
+                1, head.columns_NC, head.is_member_NC
+            )  # a column listed twice would give 2
+        assert torch.equal(is_member, expected.to(logits.dtype))
 
 
 def misleading_rows(columns: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from rlprior.objectives.batch import TokenMetrics
 from rlprior.objectives.linear import METRICS_TOP_K, linear_shaped_cross_entropy, shaped_cross_entropy
+from rlprior.objectives.parallel import VocabularyShard
 from rlprior.objectives.registry import IMPLEMENTATIONS, OBJECTIVES
 from rlprior.objectives.settings import (
     CrossEntropy,
@@ -25,6 +26,7 @@ __all__ = [
     "RewardShaping",
     "SampledReward",
     "TokenMetrics",
+    "VocabularyShard",
     "linear_shaped_cross_entropy",
     "shaped_cross_entropy",
 ]

@@ -20,6 +20,7 @@ from torch.autograd.function import Function
 
 from rlprior.objectives.batch import TokenBatch, TokenMetrics
 from rlprior.objectives.closed_form import RowPlan, Scratch, evaluate_rows_
+from rlprior.objectives.parallel import ShardColumns
 
 # Measured on CPU: below 256 rows matrix products lose speed, and smaller blocks lose it to the overhead of each pass.
 CPU_CHUNK_ROWS = 256
@@ -37,7 +38,8 @@ class LossRequest:
         plan: what to compute for each row.
         summed: return the sum instead of a loss for each position.
         compute_dtype: dtype of the logits.
-        chunk_rows: positions whose logits are held at a time; None chooses by device, vocabulary and width.
+        chunk_rows: positions whose logits are held at a time; None chooses by device and vocabulary.
+        shard: where weight and logits hold a part of the vocabulary.
     """
 
     batch: TokenBatch
@@ -45,6 +47,7 @@ class LossRequest:
     summed: bool
     compute_dtype: torch.dtype
     chunk_rows: int | None = None
+    shard: ShardColumns | None = None
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -217,10 +220,10 @@ class _Pass:
             self.weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype)
         weight_VD = weight_VD.to(self.request.compute_dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here
-            for start, stop in self._chunks(
-                self.request.chunk_rows or _chunk_rows(hidden_ND.device, weight_VD.shape[0])
-            ):
+            for start, stop in self._chunks(weight_VD.shape[0]):
                 self._run_chunk(hidden_ND, weight_VD, start, stop, upstream_N)
+        if self.hidden_gradient_ND is not None and self.request.shard is not None:
+            self.request.shard.add_up(self.hidden_gradient_ND)
 
     def _run_chunk(
         self, hidden_ND: Tensor, weight_VD: Tensor, start: int, stop: int, upstream_N: Tensor | None
@@ -228,39 +231,58 @@ class _Pass:
         rows = self.request.batch.positions(start, stop)
         hidden_RD = hidden_ND[rows].to(self.request.compute_dtype)
         logits_RV = self._multiply(hidden_RD, weight_VD)
+        gradient_RV = logits_RV[:, : weight_VD.shape[0]]
         wants_gradient = self.hidden_gradient_ND is not None or self.weight_gradient_VD is not None
         self._evaluate_chunk_(
             logits_RV, start, self._gradient_scale(rows, upstream_N) if wants_gradient else None
         )
         if self.hidden_gradient_ND is not None:
-            self.hidden_gradient_ND[rows] = _product(logits_RV, weight_VD)
+            self.hidden_gradient_ND[rows] = _product(gradient_RV, weight_VD)
         if self.weight_gradient_VD is not None and hidden_RD.dtype == logits_RV.dtype:
-            self.weight_gradient_VD.addmm_(logits_RV.t(), hidden_RD)
+            self.weight_gradient_VD.addmm_(gradient_RV.t(), hidden_RD)
         elif self.weight_gradient_VD is not None:
-            self.weight_gradient_VD.add_(_product(logits_RV.t(), hidden_RD))
+            self.weight_gradient_VD.add_(_product(gradient_RV.t(), hidden_RD))
 
     def run_logits(self, logits_NV: Tensor, gradient_NV: Tensor | None) -> None:
         """Losses of given logits; the gradient is written to `gradient_NV`, which holds zeros."""
         with torch.autocast(logits_NV.device.type, enabled=False):
-            for start, stop in self._chunks(_chunk_rows(logits_NV.device, logits_NV.shape[1])):
+            num_columns = logits_NV.shape[1]
+            for start, stop in self._chunks(num_columns):
                 rows = self.request.batch.positions(start, stop)
-                chunk_RV = logits_NV[rows]
-                logits_RV = self._scratch.take("logits", self.loss_N, tuple(chunk_RV.shape)).copy_(chunk_RV)
+                logits_RV = self._logits_buffer(stop - start, num_columns)
+                logits_RV[:, :num_columns] = logits_NV[rows]
+                self._exclude_padding_(logits_RV)
                 scale_R = None if gradient_NV is None else self._gradient_scale(rows, None)
                 self._evaluate_chunk_(logits_RV, start, scale_R)
                 if gradient_NV is not None:
-                    gradient_NV[rows] = logits_RV.to(gradient_NV.dtype)
+                    gradient_NV[rows] = logits_RV[:, :num_columns].to(gradient_NV.dtype)
 
-    def _chunks(self, max_rows: int) -> Iterator[tuple[int, int]]:
-        num_targets = self.request.batch.num_targets
+    def _chunks(self, num_columns: int) -> Iterator[tuple[int, int]]:
+        num_targets, shard = self.request.batch.num_targets, self.request.shard
+        if shard is not None:
+            num_columns = shard.max_columns  # every process has the same chunks
+        max_rows = self.request.chunk_rows or _chunk_rows(self.loss_N.device, num_columns)
         for start in range(0, num_targets, max_rows):
             yield start, min(start + max_rows, num_targets)
 
     def _multiply(self, hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
-        logits_RV = self._scratch.take("logits", self.loss_N, (hidden_RD.shape[0], weight_VD.shape[0]))
+        num_columns = weight_VD.shape[0]
+        logits_RV = self._logits_buffer(hidden_RD.shape[0], num_columns)
         if hidden_RD.dtype == logits_RV.dtype:
-            return torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
-        return logits_RV.copy_(hidden_RD @ weight_VD.t())
+            torch.mm(hidden_RD, weight_VD.t(), out=logits_RV[:, :num_columns])
+        else:
+            logits_RV[:, :num_columns] = hidden_RD @ weight_VD.t()
+        return self._exclude_padding_(logits_RV)
+
+    def _logits_buffer(self, num_rows: int, num_columns: int) -> Tensor:
+        """Room for logits; a shard has one column more, which stands for the tokens of other processes."""
+        width = num_columns if self.request.shard is None else num_columns + 1
+        return self._scratch.take("logits", self.loss_N, (num_rows, width))
+
+    def _exclude_padding_(self, logits_RV: Tensor) -> Tensor:
+        if self.request.shard is not None:
+            logits_RV[:, self.request.shard.num_tokens :] = -torch.inf
+        return logits_RV
 
     def _gradient_scale(self, rows: slice | Tensor, upstream_N: Tensor | None) -> Tensor:
         weights_N = self.request.batch.weights_N
@@ -270,13 +292,16 @@ class _Pass:
     def _evaluate_chunk_(self, logits_RV: Tensor, start: int, scale_R: Tensor | None) -> None:
         """Record losses and metrics from the `start`-th position on, and leave the gradient in `logits_RV`."""
         batch = self.request.batch
-        num_rows, block_rows = logits_RV.shape[0], _block_rows(logits_RV)
+        num_rows, shard = logits_RV.shape[0], self.request.shard
+        block_rows = _block_rows(logits_RV) if shard is None else num_rows  # fewer blocks, fewer collectives
         for low in range(0, num_rows, block_rows):
             high = min(low + block_rows, num_rows)
             rows = batch.positions(start + low, start + high)
             block = batch.select(rows)
             scale_N = None if scale_R is None else scale_R[low:high]
-            result = evaluate_rows_(logits_RV[low:high], block, self.request.plan, self._scratch, scale_N)
+            result = evaluate_rows_(
+                logits_RV[low:high], block, self.request.plan, self._scratch, scale_N, shard
+            )
             self.loss_N[rows] = result.loss if block.weights_N is None else result.loss * block.weights_N
             if result.metrics is not None:
                 for whole_N, part_N in zip(self.metrics, result.metrics.tensors(), strict=True):

@@ -1,7 +1,7 @@
 """Loss, gradient and metrics of a block of rows from their logits; the gradient is written over the logits.
 
 No autograd: every step is one pass over a block that is small enough to stay in the cache.
-Shape suffixes: N rows of the block, V vocabulary, S draws.
+Shape suffixes: N rows of the block, V columns of the vocabulary, C candidate columns for the head, S draws.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,13 @@ from rlprior.objectives.formulas import (
     draw_tokens,
     target_log_prob,
 )
-from rlprior.objectives.selection import head_threshold, row_dot
+from rlprior.objectives.selection import (
+    Head,
+    find_candidates,
+    find_head,
+    head_threshold,
+    merged_threshold,
+)
 
 # Stands in for -inf in products with p = 0; its exponential is 0 in float32 and in float64.
 LOWEST_SHIFTED_LOGIT = -1e4
@@ -58,6 +65,16 @@ class RowPlan:
         """Size of the head to select, or None for no selection."""
         return self.needs.top_k if self.metrics_top_k is None else self.metrics_top_k
 
+    @property
+    def needs_head_nats(self) -> bool:
+        """Whether a sum of -p log p is wanted for any tokens at all."""
+        return self.needs.head_nats or self.needs.tail_nats or self.wants_metrics
+
+    @property
+    def needs_all_nats(self) -> bool:
+        """Whether that sum is wanted for more than the head."""
+        return self.needs.tail_nats or self.wants_metrics or (self.needs.head_nats and self.top_k is None)
+
 
 @dataclass(frozen=True)
 class RowResult:
@@ -83,8 +100,32 @@ class Scratch:
         return buffer[:num_elements].view(shape)
 
 
+class Shard(Protocol):
+    """The columns of the vocabulary that this process holds, seen from those that hold the others.
+
+    Every process of the group makes the same calls in the same order.
+    """
+
+    def local_targets(self, targets_N: Tensor, num_columns: int) -> Tensor:
+        """Column of each target here, or the last of the columns where another process holds it."""
+        ...
+
+    def gather(self, values_NC: Tensor) -> Tensor:
+        """The values of all processes, [P, N, C]; C is the same everywhere."""
+        ...
+
+    def add_up(self, sums_SN: Tensor) -> Tensor:
+        """Sums over all processes."""
+        ...
+
+
 def evaluate_rows_(
-    logits_NV: Tensor, batch: TokenBatch, plan: RowPlan, scratch: Scratch, gradient_scale_N: Tensor | None
+    logits_NV: Tensor,
+    batch: TokenBatch,
+    plan: RowPlan,
+    scratch: Scratch,
+    gradient_scale_N: Tensor | None,
+    shard: Shard | None = None,
 ) -> RowResult:
     """Loss and metrics of each row; the logits are overwritten.
 
@@ -92,29 +133,24 @@ def evaluate_rows_(
         logits_NV: float32 or float64. Afterwards the gradient of each row's loss times `gradient_scale_N`.
         batch: the N rows, none of which is ignored.
         gradient_scale_N: None where no gradient is wanted; the logits are then left in no useful state.
+        shard: where the columns are part of a larger vocabulary; the last of them must then hold -inf, and its
+            gradient means nothing.
     """
-    targets_N1 = batch.targets_N[:, None]
-    slope_NV = None
-    if plan.logit_softcap is not None:
-        slope_NV = _cap_(logits_NV, plan.logit_softcap, scratch)
-    shifted = _shift_by_maximum_(logits_NV, targets_N1, plan, scratch)
-    masses_NV = logits_NV.exp_()
-    drawn_NS = None if batch.uniforms_NS is None else draw_tokens(masses_NV, batch.uniforms_NS)
-    drawn_masses_NS = None if drawn_NS is None else masses_NV.gather(1, drawn_NS)
-    target_mass_N = masses_NV.gather(1, targets_N1)[:, 0]
-    masses_NV.scatter_(1, targets_N1, 0)  # the sums that follow leave the target out, so that nothing cancels
-    other_mass_N = masses_NV.sum(1)
-    total_N = target_mass_N + other_mass_N
-    draws = None
-    if drawn_NS is not None and drawn_masses_NS is not None:
-        draws = _draw_statistics(drawn_NS, drawn_masses_NS, targets_N1, total_N, shifted)
-    row = _row_statistics(masses_NV, target_mass_N, other_mass_N, shifted, draws, scratch)
+    targets_N = batch.targets_N if shard is None else shard.local_targets(batch.targets_N, logits_NV.shape[1])
+    slope_NV = None if plan.logit_softcap is None else _cap_(logits_NV, plan.logit_softcap, scratch)
+    rows = _Rows(logits_NV, targets_N[:, None], plan, scratch, shard)
+    rows.read_logits()
+    rows.normalise_()
+    drawn_NS = None if batch.uniforms_NS is None else draw_tokens(rows.probs_NV, batch.uniforms_NS)
+    draws = None if drawn_NS is None else rows.describe_draws(drawn_NS)
+    rows.sum_masses_()
+    row = rows.statistics(draws)
     terms = plan.terms(row)
     if plan.z_loss:
         terms = add_z_loss(terms, row, plan.z_loss)
-    result = RowResult(loss=terms.loss, metrics=_token_metrics(row, shifted))
+    result = RowResult(loss=terms.loss, metrics=rows.metrics(row) if plan.wants_metrics else None)
     if gradient_scale_N is not None:  # last: it uses up the buffers
-        _write_gradient_(masses_NV, targets_N1, drawn_NS, total_N, terms, shifted, plan, gradient_scale_N)
+        rows.write_gradient_(terms, drawn_NS, gradient_scale_N)
         if slope_NV is not None:
             logits_NV.mul_(slope_NV)
     return result
@@ -129,144 +165,174 @@ def _cap_(logits_NV: Tensor, softcap: float, scratch: Scratch) -> Tensor:
     return slope_NV
 
 
-@dataclass(frozen=True)
-class _Shifted:
-    """What is read off the logits before their exponential replaces them; masks hold 0 and 1 in the logits' dtype."""
+class _Rows:
+    """A block of rows on its way from logits to gradient: one step a method, in their order.
 
-    target_N: Tensor  # z_x - max_j z_j
-    max_N: Tensor
-    head_NV: Tensor | None
-    head_holds_target_N: Tensor | None
-    copy_NV: Tensor | None  # z - max z, finite everywhere
-    finite_NV: Tensor | None
-    mean_N: Tensor | None  # of z - max z over the finite logits
-    target_rank_N: Tensor | None
+    Masses are `exp(z - max)` with the maximum over the whole vocabulary. `probs_NV` are the probabilities among the
+    columns of this process, and `unit_N` is the mass of a probability of 1. `sums` run over each row, the target's mass
+    left out, and from `sum_masses_` on over the whole vocabulary.
+    """
+
+    def __init__(
+        self, logits_NV: Tensor, targets_N1: Tensor, plan: RowPlan, scratch: Scratch, shard: Shard | None
+    ) -> None:
+        self.logits_NV = logits_NV
+        self.targets_N1 = targets_N1
+        self.plan = plan
+        self.scratch = scratch
+        self.shard = shard
+        self.sums: dict[str, Tensor] = {}
+        self.head: Head | None = None
+        self.finite_NV: Tensor | None = None
+        self.target_N1 = logits_NV.gather(1, targets_N1)
+        self.local_max_N1 = self.max_N1 = self.target_N1
+
+    def read_logits(self) -> None:
+        """Find what depends on the order of the logits: maximum, head, rank of the target."""
+        logits_NV, mask_NV = self.logits_NV, self.scratch.take("mask", self.logits_NV)
+        candidates = None if self.plan.top_k is None else find_candidates(logits_NV, self.plan.top_k)
+        self.local_max_N1 = logits_NV.amax(1, keepdim=True) if candidates is None else candidates.max_N1
+        self.max_N1 = self.local_max_N1
+        if self.shard is not None:
+            extremes_N2 = torch.cat([self.target_N1, self.local_max_N1], dim=1)
+            extremes_N2 = self.shard.gather(extremes_N2).amax(0)
+            self.target_N1, self.max_N1 = extremes_N2[:, :1], extremes_N2[:, 1:]
+        if self.plan.wants_metrics:
+            self.sums["num_greater"] = torch.gt(logits_NV, self.target_N1, out=mask_NV).sum(1)
+        if candidates is not None:
+            if self.shard is None:
+                threshold_N1 = head_threshold(candidates, mask_NV)
+            else:
+                threshold_N1 = merged_threshold(self.shard.gather(candidates.largest_Nk))
+            self.head = find_head(candidates, threshold_N1, mask_NV, for_all=self.plan.needs.num_draws > 0)
+            self.sums["head_size"] = self.head.is_member_NC.sum(1)
+        if self.plan.needs.mean_log_prob:
+            self.finite_NV = torch.gt(logits_NV, -torch.inf, out=self.scratch.take("finite", logits_NV))
+            self.sums["num_finite"] = self.finite_NV.sum(1)
+
+    def normalise_(self) -> None:
+        """Probabilities, in a buffer of their own; the logits are shifted by their maximum where they are read again."""
+        logits_NV, plan = self.logits_NV, self.plan
+        has_dense_head = self.head is not None and self.head.columns_NC is None
+        if plan.needs_all_nats or (plan.needs_head_nats and has_dense_head) or self.finite_NV is not None:
+            logits_NV.sub_(self.max_N1)
+        self.probs_NV = torch.softmax(logits_NV, 1, out=self.scratch.take("probs", logits_NV))
+        self.unit_N = 1 / self.probs_NV.amax(1)  # the most probable token has mass 1
+        if self.shard is not None:
+            self.unit_N = self.unit_N * torch.exp(self.local_max_N1 - self.max_N1)[:, 0]
+            excluded_N1 = self.local_max_N1 == -torch.inf  # nothing finite here: 0 / 0
+            self.probs_NV.masked_fill_(excluded_N1, 0)
+            self.unit_N.masked_fill_(excluded_N1[:, 0], 0)
+        if self.finite_NV is not None:
+            self.sums["finite"] = logits_NV.masked_fill(self.finite_NV == 0, 0).sum(1)
+
+    def sum_masses_(self) -> None:
+        """Sums of masses and of masses times `z - max`; without the target's, so that nothing cancels."""
+        probs_NV, unit_N = self.probs_NV.scatter_(1, self.targets_N1, 0), self.unit_N
+        self.sums["others"] = probs_NV.sum(1) * unit_N
+        if self.plan.needs_all_nats:
+            self.sums["others_dot"] = _dot(probs_NV, self.logits_NV) * unit_N
+        if self.head is not None:
+            head_probs_NC, shifted_NC = self._head_probs(self.head)
+            self.sums["head"] = head_probs_NC.sum(1) * unit_N
+            if self.plan.needs_head_nats:
+                self.sums["head_dot"] = _dot(head_probs_NC, shifted_NC) * unit_N
+        if self.shard is not None:
+            totals_SN = self.shard.add_up(torch.stack(list(self.sums.values())))
+            self.sums = dict(zip(self.sums, totals_SN.unbind(), strict=True))
+        self.target_mass_N = torch.exp(self.target_N1 - self.max_N1)[:, 0]
+        self.total_N = self.target_mass_N + self.sums["others"]
+
+    def statistics(self, draws: Draws | None) -> RowStatistics:
+        """What the closed forms ask for; a sum of -p log p is `mass log S - (sum of e (z - max))/S` over the same tokens."""
+        sums, total_N, log_total_N = self.sums, self.total_N, self.total_N.log()
+        other_prob_N = sums["others"] / total_N
+        head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
+        head_nats_N, tail_nats_N = None, None
+        if self.plan.needs_all_nats:
+            head_nats_N = other_prob_N * log_total_N - sums["others_dot"] / total_N
+            tail_nats_N = torch.zeros_like(head_nats_N)
+        if self.head is not None:
+            head_mass_N = sums["head"] / total_N
+            tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
+            if self.plan.needs_head_nats:
+                other_nats_N = head_nats_N
+                head_nats_N = head_mass_N * log_total_N - sums["head_dot"] / total_N
+                tail_nats_N = None if other_nats_N is None else other_nats_N - head_nats_N
+        has_mean = self.plan.needs.mean_log_prob
+        return RowStatistics(
+            log_prob=target_log_prob(
+                (self.target_N1 - self.max_N1)[:, 0], self.target_mass_N, sums["others"]
+            ),
+            prob=self.target_mass_N / total_N,
+            other_prob=other_prob_N,
+            log_normalizer=self.max_N1[:, 0] + log_total_N,
+            head_mass=head_mass_N,
+            tail_mass=tail_mass_N,
+            head_nats=head_nats_N,
+            tail_nats=tail_nats_N,
+            mean_log_prob=sums["finite"] / sums["num_finite"] - log_total_N if has_mean else None,
+            num_finite=sums["num_finite"] if has_mean else None,
+            draws=draws,
+        )
+
+    def describe_draws(self, drawn_NS: Tensor) -> Draws:
+        """Draws among all columns, described before the target's probability is taken out."""
+        log_prob_NS = self.probs_NV.gather(1, drawn_NS).log()
+        if self.head is None:
+            is_head_NS = torch.ones_like(drawn_NS, dtype=torch.bool)
+        else:
+            is_head_NS = self.head.is_member_NC.gather(1, drawn_NS) > 0
+        return Draws(log_prob=log_prob_NS, is_target=drawn_NS == self.targets_N1, is_head=is_head_NS)
+
+    def metrics(self, row: RowStatistics) -> TokenMetrics:
+        """Measurements of the model, for plans that want them."""
+        if self.head is None or row.head_nats is None or row.tail_nats is None:
+            raise RuntimeError("metrics need a head and the nats of all tokens")
+        zero_N = torch.zeros_like(row.prob)
+        target_nats_N = torch.where(row.prob > 0, -row.prob * row.log_prob, zero_N)
+        holds_target_N = (self.target_N1 >= self.head.threshold_N1)[:, 0]
+        return TokenMetrics(
+            cross_entropy=-row.log_prob,
+            entropy=row.head_nats + row.tail_nats + target_nats_N,
+            head_mass=row.head_mass + torch.where(holds_target_N, row.prob, zero_N),
+            head_size=self.sums["head_size"],
+            target_rank=1 + self.sums["num_greater"],
+        )
+
+    def write_gradient_(self, terms: RowTerms, drawn_NS: Tensor | None, scale_N: Tensor) -> None:
+        """Replace the logits by the gradient; see `RowTerms` for its parts. The masks are used up."""
+        gradient_NV, head = self.logits_NV, self.head if self.plan.needs.top_k is not None else None
+        factor_N1 = (scale_N * self.unit_N / self.total_N)[:, None]
+        head_N1, tail_N1 = terms.head_scale[:, None] * factor_N1, terms.tail_scale[:, None] * factor_N1
+        if head is None:
+            torch.mul(self.probs_NV, head_N1, out=gradient_NV)
+        elif head.columns_NC is None:
+            scale_NV = head.is_member_NC.mul_(head_N1 - tail_N1).add_(tail_N1)
+            torch.mul(self.probs_NV, scale_NV, out=gradient_NV)
+        else:
+            torch.mul(self.probs_NV, tail_N1, out=gradient_NV)
+            scale_NC = head.is_member_NC * (head_N1 - tail_N1) + tail_N1
+            gradient_NV.scatter_(1, head.columns_NC, self.probs_NV.gather(1, head.columns_NC) * scale_NC)
+        if terms.shift is not None and self.finite_NV is not None:
+            gradient_NV.sub_(self.finite_NV.mul_((terms.shift * scale_N)[:, None]))
+        if terms.draw_gradients_NS is not None and drawn_NS is not None:
+            gradient_NV.scatter_add_(1, drawn_NS, terms.draw_gradients_NS * scale_N[:, None])
+        gradient_NV.scatter_(1, self.targets_N1, (terms.target_gradient * scale_N)[:, None])
+
+    def _head_probs(self, head: Head) -> tuple[Tensor, Tensor]:
+        """Probabilities of the head, 0 elsewhere, and shifted logits beside them."""
+        if head.columns_NC is None:
+            product_NV = self.scratch.take("product", self.probs_NV)
+            return torch.mul(self.probs_NV, head.is_member_NC, out=product_NV), self.logits_NV
+        probs_NC = self.probs_NV.gather(1, head.columns_NC) * head.is_member_NC
+        return probs_NC, head.values_NC - self.max_N1
 
 
-def _shift_by_maximum_(logits_NV: Tensor, targets_N1: Tensor, plan: RowPlan, scratch: Scratch) -> _Shifted:
-    target_logits_N1 = logits_NV.gather(1, targets_N1)
-    target_rank_N, head_NV, head_holds_target_N = None, None, None
-    if plan.wants_metrics:
-        target_rank_N = torch.gt(logits_NV, target_logits_N1, out=scratch.take("head", logits_NV)).sum(1) + 1
-    if plan.top_k is not None:
-        head_NV = scratch.take("head", logits_NV)
-        threshold_N1 = head_threshold(logits_NV, plan.top_k, head_NV)
-        torch.ge(logits_NV, threshold_N1, out=head_NV)
-        head_holds_target_N = (target_logits_N1 >= threshold_N1)[:, 0]
-    max_N1 = logits_NV.amax(1, keepdim=True)
-    logits_NV.sub_(max_N1)
-    copy_NV, finite_NV, mean_N = None, None, None
-    if plan.needs.nats or plan.wants_metrics:
-        copy_NV = torch.clamp(logits_NV, min=LOWEST_SHIFTED_LOGIT, out=scratch.take("shifted", logits_NV))
-    if plan.needs.mean_log_prob:
-        finite_NV = torch.gt(logits_NV, -torch.inf, out=scratch.take("finite", logits_NV))
-        mean_N = logits_NV.masked_fill(finite_NV == 0, 0).sum(1) / finite_NV.sum(1)
-    return _Shifted(
-        target_N=(target_logits_N1 - max_N1)[:, 0],
-        max_N=max_N1[:, 0],
-        head_NV=head_NV,
-        head_holds_target_N=head_holds_target_N,
-        copy_NV=copy_NV,
-        finite_NV=finite_NV,
-        mean_N=mean_N,
-        target_rank_N=target_rank_N,
-    )
-
-
-def _row_statistics(
-    masses_NV: Tensor,
-    target_mass_N: Tensor,
-    other_mass_N: Tensor,
-    shifted: _Shifted,
-    draws: Draws | None,
-    scratch: Scratch,
-) -> RowStatistics:
-    """Statistics of rows from their masses, in which the target's is 0; `shifted.copy_NV` is used up."""
-    total_N = target_mass_N + other_mass_N
-    log_total_N = total_N.log()
-    other_prob_N = other_mass_N / total_N
-    head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
-    head_nats_N, tail_nats_N = None, None
-    if shifted.copy_NV is not None:  # sum of -p log p = mass log S - (sum of e (z - max)) / S
-        weighted_sum_N = row_dot(shifted.copy_NV, masses_NV, shifted.copy_NV)
-        head_nats_N = other_prob_N * log_total_N - weighted_sum_N / total_N
-        tail_nats_N = torch.zeros_like(head_nats_N)
-    if shifted.head_NV is not None:
-        product_NV = scratch.take("product", masses_NV)
-        head_mass_N = row_dot(masses_NV, shifted.head_NV, product_NV) / total_N
-        tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
-        if shifted.copy_NV is not None and head_nats_N is not None:
-            other_nats_N = head_nats_N
-            weighted_sum_N = row_dot(shifted.copy_NV, shifted.head_NV, product_NV)
-            head_nats_N = head_mass_N * log_total_N - weighted_sum_N / total_N
-            tail_nats_N = other_nats_N - head_nats_N
-    return RowStatistics(
-        log_prob=target_log_prob(shifted.target_N, target_mass_N, other_mass_N),
-        prob=target_mass_N / total_N,
-        other_prob=other_prob_N,
-        log_normalizer=shifted.max_N + log_total_N,
-        head_mass=head_mass_N,
-        tail_mass=tail_mass_N,
-        head_nats=head_nats_N,
-        tail_nats=tail_nats_N,
-        mean_log_prob=None if shifted.mean_N is None else shifted.mean_N - log_total_N,
-        num_finite=None if shifted.finite_NV is None else shifted.finite_NV.sum(1),
-        draws=draws,
-    )
-
-
-def _draw_statistics(
-    drawn_NS: Tensor, drawn_masses_NS: Tensor, targets_N1: Tensor, total_N: Tensor, shifted: _Shifted
-) -> Draws:
-    is_target_NS = drawn_NS == targets_N1
-    if shifted.head_NV is None:
-        is_head_NS = torch.ones_like(is_target_NS)
-    else:
-        is_head_NS = shifted.head_NV.gather(1, drawn_NS) > 0
-    log_prob_NS = drawn_masses_NS.log() - total_N.log()[:, None]
-    return Draws(log_prob=log_prob_NS, is_target=is_target_NS, is_head=is_head_NS)
-
-
-def _write_gradient_(
-    masses_NV: Tensor,
-    targets_N1: Tensor,
-    drawn_NS: Tensor | None,
-    total_N: Tensor,
-    terms: RowTerms,
-    shifted: _Shifted,
-    plan: RowPlan,
-    gradient_scale_N: Tensor,
-) -> None:
-    """Replace the masses by the gradient; see `RowTerms` for its parts."""
-    factor_N = gradient_scale_N / total_N
-    if shifted.head_NV is None or plan.needs.top_k is None:
-        masses_NV.mul_((terms.head_scale * factor_N)[:, None])
-    else:
-        difference_N = terms.head_scale - terms.tail_scale
-        scale_NV = shifted.head_NV.mul_((difference_N * factor_N)[:, None])
-        masses_NV.mul_(scale_NV.add_((terms.tail_scale * factor_N)[:, None]))
-    if terms.shift is not None and shifted.finite_NV is not None:
-        masses_NV.sub_(shifted.finite_NV.mul_((terms.shift * gradient_scale_N)[:, None]))
-    if terms.draw_gradients_NS is not None and drawn_NS is not None:
-        masses_NV.scatter_add_(1, drawn_NS, terms.draw_gradients_NS * gradient_scale_N[:, None])
-    masses_NV.scatter_(1, targets_N1, (terms.target_gradient * gradient_scale_N)[:, None])
-
-
-def _token_metrics(row: RowStatistics, shifted: _Shifted) -> TokenMetrics | None:
-    if (
-        shifted.target_rank_N is None
-        or shifted.head_NV is None
-        or shifted.head_holds_target_N is None
-        or row.head_nats is None
-        or row.tail_nats is None
-    ):
-        return None
-    target_nats_N = torch.where(row.prob > 0, -row.prob * row.log_prob, torch.zeros_like(row.prob))
-    target_in_head_N = torch.where(shifted.head_holds_target_N, row.prob, torch.zeros_like(row.prob))
-    return TokenMetrics(
-        cross_entropy=-row.log_prob,
-        entropy=row.head_nats + row.tail_nats + target_nats_N,
-        head_mass=row.head_mass + target_in_head_N,
-        head_size=shifted.head_NV.sum(1),
-        target_rank=shifted.target_rank_N,
-    )
+def _dot(probs_NV: Tensor, shifted_NV: Tensor) -> Tensor:
+    """Sum [N] of p (z - max), where p = 0 counts for nothing even at -inf."""
+    dot = cast(Callable[[Tensor, Tensor], Tensor], torch.linalg.vecdot)  # pyright: ignore[reportUnknownMemberType]
+    dot_N = dot(probs_NV, shifted_NV)
+    if bool(dot_N.isnan().any()):
+        dot_N = dot(probs_NV, shifted_NV.clamp(min=LOWEST_SHIFTED_LOGIT))
+    return dot_N

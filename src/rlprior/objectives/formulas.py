@@ -78,7 +78,8 @@ class Needs:
     """Statistics that cost a pass over the vocabulary and that an objective asks for."""
 
     top_k: int | None = None  # None: the gradient treats head and tail alike
-    nats: bool = False
+    head_nats: bool = False
+    tail_nats: bool = False
     mean_log_prob: bool = False
     num_draws: int = 0
 
@@ -243,7 +244,8 @@ def reward_shaping_needs(settings: RewardShaping) -> Needs:
     """A head where its reward differs from the tail's, and the negatives' part of the loss where they have a reward."""
     return Needs(
         top_k=settings.top_k if settings.head_reward != settings.tail_reward else None,
-        nats=settings.head_reward != 0 or settings.tail_reward != 0,
+        head_nats=settings.head_reward != 0,
+        tail_nats=settings.tail_reward != 0,
     )
 
 
@@ -261,8 +263,10 @@ def reward_shaping_terms(settings: RewardShaping, row: RowStatistics) -> RowTerm
     head, tail = settings.head_reward, settings.tail_reward
     negative_reward = head * row.head_mass + tail * row.tail_mass
     loss = -weight * row.log_prob
-    if row.head_nats is not None and row.tail_nats is not None:
-        loss = loss + head * row.head_nats + tail * row.tail_nats
+    if row.head_nats is not None:
+        loss = loss + head * row.head_nats
+    if row.tail_nats is not None:
+        loss = loss + tail * row.tail_nats
     expected_reward = weight + negative_reward
     return RowTerms(
         loss=loss,

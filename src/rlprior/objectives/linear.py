@@ -17,6 +17,7 @@ from rlprior.objectives import chunked, reference
 from rlprior.objectives.batch import TokenBatch, TokenMetrics
 from rlprior.objectives.chunked import LossRequest, statistics_dtype
 from rlprior.objectives.closed_form import RowPlan
+from rlprior.objectives.parallel import ShardColumns, VocabularyShard
 from rlprior.objectives.registry import IMPLEMENTATIONS, find_entry
 from rlprior.objectives.settings import Objective, SampledReward
 
@@ -47,6 +48,7 @@ def shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     return_metrics: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -64,6 +66,7 @@ def shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, TokenMetrics]: ...
 
@@ -81,6 +84,7 @@ def shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Loss of next-token logits under any objective; nothing is shifted here.
@@ -96,6 +100,8 @@ def shaped_cross_entropy(
         generator: source of the draws of `SampledReward`, in place of its seed; other objectives draw nothing.
         metrics_top_k: head size of the metrics; None is the objective's own `top_k`, or `METRICS_TOP_K`.
         logit_softcap: c > 0 where the model's logits are `c tanh(z / c)`, as in Gemma 2; -inf stays -inf.
+        shard: where `logits` (or `weight`) hold this process's part of a vocabulary that a group of processes shares, as
+            in tensor parallelism. All of them pass the same targets, weights and options, and get the same loss.
         z_loss: coefficient, at least 0, of `(log sum_j exp(z_j))^2`, added to each position's loss (PaLM takes 1e-4).
         return_metrics: also return `TokenMetrics`, shaped like `targets`.
 
@@ -115,14 +121,17 @@ def shaped_cross_entropy(
     tensor([0.4634, 1.2352])
     """
     _require_logits(logits)
+    columns = _locate(shard, logits.shape[-1], logits.device, shaping)
+    vocabulary = logits.shape[-1] if columns is None else columns.vocab_size
     batch = _flatten(
-        logits, logits.shape[-1], targets, shaping, token_weights, ignore_index, generator, logits.dtype
+        logits, vocabulary, targets, shaping, token_weights, ignore_index, generator, logits.dtype
     )
     request = LossRequest(
         batch=batch,
         plan=_plan(shaping, metrics_top_k, return_metrics, logit_softcap, z_loss),
         summed=_require_reduction(reduction) != "none",
         compute_dtype=logits.dtype,
+        shard=columns,
     )
     loss, metrics = chunked.logits_loss(logits.reshape(-1, logits.shape[-1]), request)
     return _present(loss, metrics, targets, batch, reduction)
@@ -143,6 +152,7 @@ def linear_shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     chunk_rows: int | None = None,
     return_metrics: Literal[False] = False,
 ) -> Tensor: ...
@@ -163,6 +173,7 @@ def linear_shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     chunk_rows: int | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, TokenMetrics]: ...
@@ -183,6 +194,7 @@ def linear_shaped_cross_entropy(
     metrics_top_k: int | None = None,
     logit_softcap: float | None = None,
     z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
     chunk_rows: int | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
@@ -195,7 +207,7 @@ def linear_shaped_cross_entropy(
             and differentiates by autograd; "auto" is the best one there is for these inputs.
         chunk_rows: positions whose logits are held at a time, at least 1; None chooses by device and vocabulary.
         targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, logit_softcap, z_loss,
-            return_metrics: as in `shaped_cross_entropy`.
+            shard, return_metrics: as in `shaped_cross_entropy`.
 
     Returns:
         As `shaped_cross_entropy`. Logits are computed in the dtype of `hidden` (or autocast's); "mean" and "sum"
@@ -212,9 +224,12 @@ def linear_shaped_cross_entropy(
     tensor([[-0.4248,  0.0000],
             [ 0.0000,  0.0000]])
     """
+    weight = _local_part(weight, shard)
     compute_dtype = _require_linear(hidden, weight)
+    columns = _locate(shard, weight.shape[0], weight.device, shaping)
+    vocabulary = weight.shape[0] if columns is None else columns.vocab_size
     batch = _flatten(
-        hidden, weight.shape[0], targets, shaping, token_weights, ignore_index, generator, compute_dtype
+        hidden, vocabulary, targets, shaping, token_weights, ignore_index, generator, compute_dtype
     )
     request = LossRequest(
         batch=batch,
@@ -222,9 +237,12 @@ def linear_shaped_cross_entropy(
         summed=_require_reduction(reduction) != "none",
         compute_dtype=compute_dtype,
         chunk_rows=_require_chunk_rows(chunk_rows),
+        shard=columns,
     )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     if _require_implementation(implementation) == "reference":
+        if shard is not None:
+            raise ValueError("implementation must be 'auto' or 'chunked' with a shard, got 'reference'")
         loss, metrics = reference.linear_loss(
             hidden_ND, weight, partial(find_entry(shaping).reference, shaping), request
         )
@@ -260,6 +278,34 @@ def _plan(
         logit_softcap=logit_softcap,
         z_loss=z_loss,
     )
+
+
+def _local_part(weight: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """The rows that this process holds of a weight that may be a `DTensor`."""
+    if not type(weight).__module__.startswith("torch.distributed"):
+        return weight
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(weight, DTensor):
+        return weight
+    if shard is None:
+        raise ValueError(
+            "weight is a DTensor: with FSDP, call the loss inside the forward of the module that holds the weight; "
+            "with tensor parallelism, pass shard=VocabularyShard(mesh.get_group())"
+        )
+    if tuple(weight.placements) != (Shard(0),):
+        raise ValueError(f"weight must be sharded along its rows alone, [Shard(0)], got {weight.placements}")
+    return weight.to_local()
+
+
+def _locate(
+    shard: VocabularyShard | None, num_columns: int, device: torch.device, objective: Objective
+) -> ShardColumns | None:
+    if shard is None:
+        return None
+    if isinstance(objective, SampledReward):
+        raise ValueError("SampledReward draws from the whole vocabulary; it is not available with a shard")
+    return shard.locate(num_columns, device)
 
 
 def _require_logits(logits: Tensor) -> None:
