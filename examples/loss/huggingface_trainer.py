@@ -1,7 +1,7 @@
 """The shaped loss in transformers.Trainer: without logits, and from logits.
 
-    pip install 'rlprior[integrations]'
-    python examples/loss/huggingface_trainer.py
+pip install 'rlprior[integrations]'
+python examples/loss/huggingface_trainer.py
 """
 
 import tempfile
@@ -13,7 +13,9 @@ from rlprior.integrations.huggingface import patch_model, shaped_loss
 from rlprior.objectives import RewardShaping
 
 SHAPING = RewardShaping(beta=-0.25)
-ROWS = [{"input_ids": [(start + i) % 64 for i in range(16)]} for start in range(32)]  # each row counts upwards
+ROWS = [
+    {"input_ids": [(start + i) % 64 for i in range(16)]} for start in range(32)
+]  # each row counts upwards
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The shaped loss where a training script calls Liger's fused linear cross-entropy.
 
-    python examples/loss/liger_style.py
+python examples/loss/liger_style.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The shaped loss in a plain PyTorch loop, with gradient accumulation that does not depend on the micro-batches.
 
-    python examples/loss/plain_loop.py
+python examples/loss/plain_loop.py
 """
 
 import torch
@@ -34,7 +34,9 @@ def main() -> None:
     targets[:4, :8] = IGNORED  # half of the rows have a prompt that is not trained on
 
     for step in range(20):
-        num_targets = int((targets != IGNORED).sum())  # of the whole batch; all-reduce it where there are several ranks
+        num_targets = int(
+            (targets != IGNORED).sum()
+        )  # of the whole batch; all-reduce it where there are several ranks
         cross_entropy = 0.0
         for rows in torch.arange(8).split(2):
             loss, metrics = linear_shaped_cross_entropy(
@@ -46,7 +48,9 @@ def main() -> None:
                 reduction="sum",
                 return_metrics=True,
             )
-            (loss / num_targets).backward()  # DistributedDataParallel averages over ranks: multiply by their number
+            (
+                loss / num_targets
+            ).backward()  # DistributedDataParallel averages over ranks: multiply by their number
             cross_entropy += float(metrics.cross_entropy.nansum()) / num_targets
         optimizer.step()
         optimizer.zero_grad()

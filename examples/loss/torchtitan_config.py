@@ -1,7 +1,7 @@
 """The shaped loss in torchtitan: what goes into a configuration, and one step with it as torchtitan takes it.
 
-    pip install torchtitan
-    python examples/loss/torchtitan_config.py
+pip install torchtitan
+python examples/loss/torchtitan_config.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The shaped loss in trl.SFTTrainer, on completions alone.
 
-    pip install 'rlprior[integrations]'
-    python examples/loss/trl_sft.py
+pip install 'rlprior[integrations]'
+python examples/loss/trl_sft.py
 """
 
 import tempfile
@@ -69,7 +69,9 @@ def main() -> None:
         patch_trainer(trainer, RewardShaping(tail_reward=-0.1, top_k=5))
         trainer.train()
         for entry in trainer.state.log_history[:-1]:
-            print(f"step {entry['step']}: entropy {entry['entropy']:.3f} nats, accuracy {entry['mean_token_accuracy']:.2f}")
+            print(
+                f"step {entry['step']}: entropy {entry['entropy']:.3f} nats, accuracy {entry['mean_token_accuracy']:.2f}"
+            )
 
 
 if __name__ == "__main__":

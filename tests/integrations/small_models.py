@@ -164,4 +164,6 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     assert scale > 1e-3
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )

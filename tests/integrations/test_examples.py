@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.integrations import titan_double
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "loss"
@@ -19,7 +18,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "loss"
 def test_examples_that_need_torch_alone(name: str):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

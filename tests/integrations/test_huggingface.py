@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from rlprior.integrations.huggingface import patch_model, shaped_loss
-from rlprior.objectives import CrossEntropy, Objective, RewardShaping, SampledReward
 from tests.integrations.small_models import (
     SHAPING,
     assert_same_gradients,
@@ -22,6 +19,9 @@ from tests.integrations.small_models import (
     small_model,
 )
 from tests.integrations.trainers import run_trainer
+
+from rlprior.integrations.huggingface import patch_model, shaped_loss
+from rlprior.objectives import CrossEntropy, Objective, RewardShaping, SampledReward
 
 WAYS = ("shaped_loss", "patch_model")
 

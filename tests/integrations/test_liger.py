@@ -27,7 +27,9 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shaping", [RewardShaping(), LabelSmoothing(smoothing=0.2)])
 def test_equals_cross_entropy(reduction: Any, shaping: Objective):
     hidden, weight, target = tensors()
-    upstream = torch.linspace(1, 2, 11, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0).double()
+    upstream = (
+        torch.linspace(1, 2, 11, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0).double()
+    )
     smoothing = shaping.smoothing if isinstance(shaping, LabelSmoothing) else 0.0
     expected = F.cross_entropy(hidden @ weight.T, target, reduction=reduction, label_smoothing=smoothing)
     expected_gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
@@ -41,7 +43,9 @@ def test_liger_s_options_mean_what_they_mean_there():
     target[target == -100] = 16
     logits = 2.0 * torch.tanh(hidden @ weight.T / 2.0)
     kept = target != 16
-    expected = (F.cross_entropy(logits, target, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2)[kept].mean()
+    expected = (F.cross_entropy(logits, target, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2)[
+        kept
+    ].mean()
     found = fused_linear_shaped_cross_entropy(
         hidden, weight, target, RewardShaping(), ignore_index=16, lse_square_scale=0.1, softcap=2.0
     )
@@ -52,7 +56,9 @@ def test_arguments_stand_where_liger_has_them():
     """As in LigerFusedLinearCrossEntropyLoss.forward and liger_fused_linear_cross_entropy of liger-kernel 0.8."""
     forward = inspect.signature(FusedLinearShapedCrossEntropyLoss.forward)
     assert list(forward.parameters) == ["self", "lin_weight", "_input", "target", "bias"]
-    function = [name for name in inspect.signature(fused_linear_shaped_cross_entropy).parameters if name != "shaping"]
+    function = [
+        name for name in inspect.signature(fused_linear_shaped_cross_entropy).parameters if name != "shaping"
+    ]
     assert function[:4] == ["input", "weight", "target", "bias"]
 
 

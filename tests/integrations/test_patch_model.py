@@ -7,20 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from rlprior.integrations.huggingface import patch_model, unpatch_model
-from rlprior.objectives import CrossEntropy, RewardShaping, SampledReward
 from tests.integrations.small_models import (
     FAMILIES,
     SHAPING,
@@ -35,6 +21,20 @@ from tests.integrations.small_models import (
     pad,
     small_model,
 )
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from rlprior.integrations.huggingface import patch_model, unpatch_model
+from rlprior.objectives import CrossEntropy, RewardShaping, SampledReward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +68,9 @@ def test_any_split_into_micro_batches_has_the_same_gradient(split: list[int]):
     patch_model(model, SHAPING)
     start = 0
     for size in split:
-        model(**pad(rows[start : start + size]), num_items_in_batch=torch.tensor(num_targets(rows))).loss.backward()
+        model(
+            **pad(rows[start : start + size]), num_items_in_batch=torch.tensor(num_targets(rows))
+        ).loss.backward()
         start += size
     assert_same_gradients(gradients(model), expected_gradients())
 
@@ -138,10 +140,16 @@ def test_metrics_are_sums_over_the_targets():
     assert outputs.num_targets == count
     torch.testing.assert_close(outputs.objective_sum, outputs.loss * 2 * count)
     torch.testing.assert_close(outputs.cross_entropy_sum / count, cross_entropy, rtol=1e-5, atol=0)
-    log_probs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    log_probs = (
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        .logits[:, :-1]
+        .log_softmax(-1)
+    )
     kept = batch["labels"][:, 1:] != -100
     torch.testing.assert_close(outputs.entropy_sum, -(log_probs.exp() * log_probs).sum(-1)[kept].sum())
-    torch.testing.assert_close(outputs.head_mass_sum, log_probs.exp().topk(SHAPING.top_k).values.sum(-1)[kept].sum())
+    torch.testing.assert_close(
+        outputs.head_mass_sum, log_probs.exp().topk(SHAPING.top_k).values.sum(-1)[kept].sum()
+    )
     assert outputs.num_correct == (log_probs.argmax(-1) == batch["labels"][:, 1:])[kept].sum()
     assert not outputs.entropy_sum.requires_grad
 
@@ -249,7 +257,9 @@ def refused_models() -> dict[str, tuple[Any, str]]:
         "no head": (small_model().model, "needs a causal language model"),
         "wrapped": (nn.DataParallel(small_model()), "pass the model inside"),
         "encoder and decoder": (
-            T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)),
+            T5ForConditionalGeneration(
+                T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+            ),
             "needs a causal language model|encoder-decoder",
         ),
     }
@@ -293,7 +303,9 @@ def test_logits_changed_in_an_unknown_way_are_refused():
 def test_a_head_in_another_place():
     """GPT-2 keeps its layers under another name than `model`."""
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).train()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ).train()
     own = model(**pad(examples())).loss
     patch_model(model, RewardShaping())
     torch.testing.assert_close(model(**pad(examples())).loss, own, rtol=1e-5, atol=0)

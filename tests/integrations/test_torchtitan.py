@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.integrations import titan_double
 from torch import Tensor, nn
 
 from rlprior.integrations import torchtitan
 from rlprior.objectives import Objective, RewardShaping, SampledReward, shaped_cross_entropy
-from tests.integrations import titan_double
 
 SHAPING = RewardShaping(beta=-0.25, head_reward=0.1, tail_reward=-0.1, top_k=5)
 
@@ -87,12 +87,16 @@ def test_zero_shaping_is_cross_entropy(loss_module: Any):
 def test_validation_sums(loss_module: Any):
     """The validator gives no count, needs no gradient, and divides the sum itself."""
     decoder, head, inputs, labels = model()
-    wrapper = loss_module.ChunkedLossWrapper.Config(num_chunks=3, loss_fn=torchtitan.shaped_loss_config(SHAPING)).build()
+    wrapper = loss_module.ChunkedLossWrapper.Config(
+        num_chunks=3, loss_fn=torchtitan.shaped_loss_config(SHAPING)
+    ).build()
     wrapper.set_lm_head(head)
     with torch.no_grad():
         loss, _ = wrapper(decoder(inputs), labels)
     expected, _ = expected_step(SHAPING)
-    torch.testing.assert_close(loss.double() / (labels != -100).sum(), expected, rtol=1e-6, atol=0)  # a float32 sum
+    torch.testing.assert_close(
+        loss.double() / (labels != -100).sum(), expected, rtol=1e-6, atol=0
+    )  # a float32 sum
 
 
 def test_draws_go_on_from_call_to_call(loss_module: Any):

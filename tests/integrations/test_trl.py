@@ -8,10 +8,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-
-from rlprior.integrations.huggingface import patch_model, shaped_loss
-from rlprior.integrations.trl import patch_trainer
-from rlprior.objectives import RewardShaping
 from tests.integrations.small_models import (
     SHAPING,
     assert_same_gradients,
@@ -24,6 +20,10 @@ from tests.integrations.small_models import (
     small_model,
 )
 from tests.integrations.trainers import sft_trainer
+
+from rlprior.integrations.huggingface import patch_model, shaped_loss
+from rlprior.integrations.trl import patch_trainer
+from rlprior.objectives import RewardShaping
 
 # trl switches gradient checkpointing on under the name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
@@ -40,7 +40,9 @@ def test_any_split_has_the_same_gradient(batch_size: int, accumulation: int, tmp
 # trl warns that only flash attention is known to keep documents apart; the models' own masks do, as the gradient shows
 @pytest.mark.filterwarnings("ignore:.*[Ff]lash")
 def test_padding_free_batches_have_the_same_gradient(tmp_path: Path):
-    trainer, catcher = sft_trainer(small_model(), tmp_path, arguments={"padding_free": True, "max_length": None})
+    trainer, catcher = sft_trainer(
+        small_model(), tmp_path, arguments={"padding_free": True, "max_length": None}
+    )
     patch_trainer(trainer, SHAPING)
     trainer.train()
     assert_same_gradients(catcher.gradients, expected_gradients())
@@ -62,7 +64,9 @@ def test_zero_shaping_trains_and_logs_as_the_trainer_does(family: str, tmp_path:
     assert_same_gradients(patched_gradients, own_gradients)
     assert patched_log.keys() == own_log.keys()
     assert {"loss", "entropy", "mean_token_accuracy", "num_tokens"} <= own_log.keys()
-    assert patched_log == pytest.approx(own_log, rel=1e-4)  # float32 sums in another order, through logging's rounding
+    assert patched_log == pytest.approx(
+        own_log, rel=1e-4
+    )  # float32 sums in another order, through logging's rounding
 
 
 def test_only_completions_are_trained_on(tmp_path: Path):

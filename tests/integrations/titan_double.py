@@ -59,7 +59,9 @@ class CrossEntropyLoss(BaseLoss):
         pass
 
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
-        self.fn = lambda pred, labels: F.cross_entropy(pred.float(), labels, reduction="sum", ignore_index=-100)
+        self.fn = lambda pred, labels: F.cross_entropy(
+            pred.float(), labels, reduction="sum", ignore_index=-100
+        )
 
 
 class ChunkedLossWrapper(BaseLoss):
@@ -82,7 +84,9 @@ class ChunkedLossWrapper(BaseLoss):
         assert self.lm_head is not None
         assert len(pred) % self.num_chunks == 0
         total, parts = pred.new_zeros((), dtype=torch.float32), []
-        for hidden, part_labels in zip(pred.chunk(self.num_chunks), labels.chunk(self.num_chunks), strict=True):
+        for hidden, part_labels in zip(
+            pred.chunk(self.num_chunks), labels.chunk(self.num_chunks), strict=True
+        ):
             leaf = hidden.detach().requires_grad_(pred.requires_grad)
             loss, metrics = self.loss_fn(self.lm_head(leaf), part_labels, global_valid_tokens, **loss_inputs)
             assert metrics == {}
@@ -106,7 +110,10 @@ class _GivenGradient(torch.autograd.Function):
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `import torchtitan.components.loss` find these classes for the length of a test."""
-    modules = {name: ModuleType(name) for name in ("torchtitan", "torchtitan.components", "torchtitan.components.loss")}
+    modules = {
+        name: ModuleType(name)
+        for name in ("torchtitan", "torchtitan.components", "torchtitan.components.loss")
+    }
     for thing in (BaseLoss, CrossEntropyLoss, ChunkedLossWrapper):
         setattr(modules["torchtitan.components.loss"], thing.__name__, thing)
     for name, module in modules.items():

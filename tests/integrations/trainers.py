@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from tests.integrations.small_models import VOCABULARY, examples, gradients, pad
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
-
-from tests.integrations.small_models import VOCABULARY, examples, gradients, pad
 
 datasets.disable_progress_bars()
 
@@ -21,7 +20,9 @@ class GradientCatcher(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any
+    ) -> None:
         self.gradients = gradients(model)
 
 
@@ -59,7 +60,13 @@ def run_trainer(
 
 
 def sft_trainer(
-    model: Any, directory: Path, *, batch_size: int = 4, accumulation: int = 1, arguments: Any = None, **options: Any
+    model: Any,
+    directory: Path,
+    *,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    arguments: Any = None,
+    **options: Any,
 ) -> tuple[Any, GradientCatcher]:
     """A `trl.SFTTrainer` on the documents, tokenized and masked, or on the dataset that `options` brings."""
     from trl import SFTConfig, SFTTrainer

@@ -15,12 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from rlprior.integrations.huggingface import patch_model, shaped_loss
-from rlprior.integrations.trl import patch_trainer
-from rlprior.objectives import linear_shaped_cross_entropy
 from tests.integrations.small_models import (
     SHAPING,
     assert_same_gradients,
@@ -32,6 +26,12 @@ from tests.integrations.small_models import (
     small_model,
 )
 from tests.integrations.trainers import run_trainer, sft_trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rlprior.integrations.huggingface import patch_model, shaped_loss
+from rlprior.integrations.trl import patch_trainer
+from rlprior.objectives import linear_shaped_cross_entropy
 
 WORLD_SIZE = 2
 
@@ -79,7 +79,9 @@ def trainer_with_patched_model(rank: int, directory: Path) -> dict[str, Tensor]:
 
 
 def trainer_from_logits(rank: int, directory: Path) -> dict[str, Tensor]:
-    return run_trainer(small_model(), directory, batch_size=1, accumulation=2, compute_loss_func=shaped_loss(SHAPING))
+    return run_trainer(
+        small_model(), directory, batch_size=1, accumulation=2, compute_loss_func=shaped_loss(SHAPING)
+    )
 
 
 def patched_sft_trainer(rank: int, directory: Path) -> dict[str, Tensor]:
@@ -122,7 +124,9 @@ def main() -> int:
     # forked, so that the imports are paid for once; nothing has been computed in this process
     context = get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
-        ranks = [context.Process(target=run_rank, args=(rank, port, Path(directory))) for rank in range(WORLD_SIZE)]
+        ranks = [
+            context.Process(target=run_rank, args=(rank, port, Path(directory))) for rank in range(WORLD_SIZE)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:

@@ -87,7 +87,9 @@ class FusedLinearShapedCrossEntropyLoss(nn.Module):
         self.softcap = softcap
         self._draws = start_draws(shaping)
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """Loss of the logits `_input @ lin_weight.T`: weight [V, D] first, then input [N, D] and target [N]."""
         return fused_linear_shaped_cross_entropy(
             _input,

@@ -36,7 +36,9 @@ class _Call:
     wants_logits: bool
     hidden_BTD: Tensor | None = None
     weight_VD: Tensor | None = None
-    logits: Tensor | None = None  # the known numbers, after what the model does to logits, unless logits are wanted
+    logits: Tensor | None = (
+        None  # the known numbers, after what the model does to logits, unless logits are wanted
+    )
 
 
 class ModelLoss:
@@ -65,11 +67,15 @@ class ModelLoss:
         """Known numbers [1, ..., V] in place of the logits, after the head's input and weight were put aside."""
         assert self.call is not None
         if self.call.hidden_BTD is not None:
-            raise RuntimeError("the model calls its output head twice: patch_model cannot tell for which loss")
+            raise RuntimeError(
+                "the model calls its output head twice: patch_model cannot tell for which loss"
+            )
         self.call.hidden_BTD, self.call.weight_VD = hidden_BTD, weight_VD
         return _known_numbers(hidden_BTD, weight_VD)
 
-    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, **kwargs: object) -> Tensor:
+    def __call__(
+        self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, **kwargs: object
+    ) -> Tensor:
         """Zero, for the model to add its own losses to; the loss itself follows when the forward pass is over."""
         if self.call is None:
             raise RuntimeError("a patched model takes its labels by keyword: model(input_ids, labels=...)")

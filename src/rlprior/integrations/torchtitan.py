@@ -45,7 +45,9 @@ def _loss_class() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torchtitan":
             raise
-        raise ImportError("this loss is for torchtitan, which is not installed: pip install torchtitan") from None
+        raise ImportError(
+            "this loss is for torchtitan, which is not installed: pip install torchtitan"
+        ) from None
 
     class ShapedLoss(base):
         """Shaped loss of logits, summed or divided by the tokens of all ranks."""
