@@ -18,10 +18,10 @@ LOSS = ChunkedLossWrapper.Config(num_chunks=4, loss_fn=shaped_loss_config(Reward
 def main() -> None:
     torch.manual_seed(0)
     body, head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
-    tokens = torch.arange(65) % 64
+    tokens = (torch.arange(65) % 64)[None]
     loss_fn = LOSS.build()
     loss_fn.set_lm_head(head)
-    loss, _ = loss_fn(body(tokens[:-1]), tokens[1:], torch.tensor(64))
+    loss, _ = loss_fn(body(tokens[:, :-1]), tokens[:, 1:], torch.tensor(64))
     loss.backward()
     assert body.weight.grad is not None
     print(f"loss {float(loss.detach()):.3f}, gradient norm {float(body.weight.grad.norm()):.4f}")

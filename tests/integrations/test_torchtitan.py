@@ -31,15 +31,15 @@ def loss_module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def model() -> tuple[nn.Linear, nn.Linear, Tensor, Tensor]:
-    """Decoder, head, inputs [T, D] and labels [T]."""
+    """Decoder, head, inputs [B, T, D] and labels [B, T]."""
     generator = torch.Generator().manual_seed(0)
     decoder, head = nn.Linear(6, 6).double(), nn.Linear(6, 17, bias=False).double()
     with torch.no_grad():
         for parameter in (*decoder.parameters(), *head.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    inputs = torch.randn(24, 6, generator=generator, dtype=torch.float64)
-    labels = torch.randint(17, (24,), generator=generator)
-    labels[::5] = -100
+    inputs = torch.randn(3, 8, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(17, (3, 8), generator=generator)
+    labels[:, ::5] = -100
     return decoder, head, inputs, labels
 
 
@@ -88,7 +88,7 @@ def test_validation_sums(loss_module: Any):
     """The validator gives no count, needs no gradient, and divides the sum itself."""
     decoder, head, inputs, labels = model()
     wrapper = loss_module.ChunkedLossWrapper.Config(
-        num_chunks=3, loss_fn=torchtitan.shaped_loss_config(SHAPING)
+        num_chunks=4, loss_fn=torchtitan.shaped_loss_config(SHAPING)
     ).build()
     wrapper.set_lm_head(head)
     with torch.no_grad():

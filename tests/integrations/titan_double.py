@@ -1,6 +1,6 @@
 """torchtitan's loss contract in small, for machines that do not have it: one device, nothing compiled, plain tensors.
 
-Written from `torchtitan/components/loss.py` and `torchtitan/config/configurable.py` (August 2026): a component has a
+Written from `torchtitan/components/loss.py` and `torchtitan/config/configurable.py` of torchtitan 0.3.0, [B, T] positions: a component has a
 keyword-only slotted `Config` whose `build` makes it; a loss takes `(pred, labels, global_valid_tokens)` and returns
 `(loss, metrics)`; the chunked wrapper runs head and loss on equal parts of the positions, each with its own backward pass,
 and returns a loss whose gradient with respect to the hidden states is the parts' put together.
@@ -60,7 +60,7 @@ class CrossEntropyLoss(BaseLoss):
 
     def __init__(self, config: Any, *, compile_config: Any = None) -> None:
         self.fn = lambda pred, labels: F.cross_entropy(
-            pred.float(), labels, reduction="sum", ignore_index=-100
+            pred.float().flatten(0, 1), labels.flatten(0, 1), reduction="sum", ignore_index=-100
         )
 
 
@@ -82,10 +82,10 @@ class ChunkedLossWrapper(BaseLoss):
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.lm_head is not None
-        assert len(pred) % self.num_chunks == 0
+        assert pred.shape[1] % self.num_chunks == 0
         total, parts = pred.new_zeros((), dtype=torch.float32), []
         for hidden, part_labels in zip(
-            pred.chunk(self.num_chunks), labels.chunk(self.num_chunks), strict=True
+            pred.chunk(self.num_chunks, dim=1), labels.chunk(self.num_chunks, dim=1), strict=True
         ):
             leaf = hidden.detach().requires_grad_(pred.requires_grad)
             loss, metrics = self.loss_fn(self.lm_head(leaf), part_labels, global_valid_tokens, **loss_inputs)
@@ -94,7 +94,7 @@ class ChunkedLossWrapper(BaseLoss):
                 loss.backward()
                 parts.append(leaf.grad)
             total = total + loss.detach()
-        return (_GivenGradient.apply(pred, torch.cat(parts), total) if parts else total), {}  # type: ignore[return-value]
+        return (_GivenGradient.apply(pred, torch.cat(parts, dim=1), total) if parts else total), {}  # type: ignore[return-value]
 
 
 class _GivenGradient(torch.autograd.Function):

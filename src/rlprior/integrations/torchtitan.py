@@ -1,6 +1,6 @@
 """torchtitan: a loss for its configuration, alone or inside its `ChunkedLossWrapper`.
 
-Shape suffixes: T positions, V vocabulary.
+Shape suffixes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlprior.objectives import Objective, shaped_cross_entropy
 def shaped_loss_config(shaping: Objective, *, z_loss: float = 0.0) -> Any:
     """Configuration of the shaped loss, where torchtitan takes a `BaseLoss.Config`.
 
-    The loss takes `(pred [T, V], labels [T], global_valid_tokens=None)` and returns the sum over the labels that are not
+    The loss takes `(pred [..., V], labels [...], global_valid_tokens=None)` and returns the sum over the labels that are not
     -100, divided by `global_valid_tokens`, and no metrics. `ChunkedLossWrapper.Config(loss_fn=...)` calls it on a part
     of the positions at a time, so that the logits of all of them never exist. It runs as it is where torchtitan
     compiles its losses.
