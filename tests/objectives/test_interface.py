@@ -24,7 +24,7 @@ from rlprior.objectives import (
     shaped_cross_entropy,
 )
 
-DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
+DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "loss.md"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ Implementation = Literal["auto", "chunked", "reference"]
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def _outside_compiled_graphs(function: F) -> F:
+def outside_compiled_graphs(function: F) -> F:
     """The function, called as it is from a compiled model: it writes gradients in place, chunk by chunk."""
     return cast(F, torch.compiler.disable(function))  # pyright: ignore[reportUnknownMemberType]
 
@@ -71,7 +71,7 @@ def shaped_cross_entropy(
 ) -> tuple[Tensor, TokenMetrics]: ...
 
 
-@_outside_compiled_graphs
+@outside_compiled_graphs
 def shaped_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -179,7 +179,7 @@ def linear_shaped_cross_entropy(
 ) -> tuple[Tensor, TokenMetrics]: ...
 
 
-@_outside_compiled_graphs
+@outside_compiled_graphs
 def linear_shaped_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
