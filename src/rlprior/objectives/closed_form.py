@@ -58,6 +58,11 @@ class RowPlan:
         """Size of the head to select, or None for no selection."""
         return self.needs.top_k if self.metrics_top_k is None else self.metrics_top_k
 
+    def terms_with_z_loss(self, row: RowStatistics) -> RowTerms:
+        """Loss and gradient of the objective and of the z-loss together."""
+        terms = self.terms(row)
+        return add_z_loss(terms, row, self.z_loss) if self.z_loss else terms
+
 
 @dataclass(frozen=True)
 class RowResult:
@@ -65,6 +70,68 @@ class RowResult:
 
     loss: Tensor
     metrics: TokenMetrics | None
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """What passes over the vocabulary add up for each row, all [N], from the shifted logits `s_j = z_j - max_i z_i`.
+
+    Attributes:
+        max: `max_i z_i`.
+        target: `s_x`.
+        target_mass: `exp(s_x)`.
+        other_mass: sum of `exp(s_j)` over all but x.
+        other_weighted: sum of `s_j exp(s_j)` over all but x, or None.
+        head_mass, head_weighted: the same sums over the head without x, or None.
+        finite_mean: mean of the finite `s_j`, or None.
+        num_finite: how many those are, or None.
+    """
+
+    max: Tensor
+    target: Tensor
+    target_mass: Tensor
+    other_mass: Tensor
+    other_weighted: Tensor | None
+    head_mass: Tensor | None
+    head_weighted: Tensor | None
+    finite_mean: Tensor | None
+    num_finite: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of all `exp(s_j)`: p_j is `exp(s_j) / total`."""
+        return self.target_mass + self.other_mass
+
+    def statistics(self, draws: Draws | None = None) -> RowStatistics:
+        """What the closed forms ask for."""
+        total_N = self.total
+        log_total_N = total_N.log()
+        other_prob_N = self.other_mass / total_N
+        head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
+        head_nats_N, tail_nats_N = None, None
+        if self.other_weighted is not None:  # sum of -p log p = mass log S - (sum of e s) / S
+            head_nats_N = other_prob_N * log_total_N - self.other_weighted / total_N
+            tail_nats_N = torch.zeros_like(head_nats_N)
+        if self.head_mass is not None:
+            head_mass_N = self.head_mass / total_N
+            tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
+            if self.head_weighted is not None and head_nats_N is not None:
+                other_nats_N = head_nats_N
+                head_nats_N = head_mass_N * log_total_N - self.head_weighted / total_N
+                tail_nats_N = other_nats_N - head_nats_N
+        return RowStatistics(
+            log_prob=target_log_prob(self.target, self.target_mass, self.other_mass),
+            prob=self.target_mass / total_N,
+            other_prob=other_prob_N,
+            log_normalizer=self.max + log_total_N,
+            head_mass=head_mass_N,
+            tail_mass=tail_mass_N,
+            head_nats=head_nats_N,
+            tail_nats=tail_nats_N,
+            mean_log_prob=None if self.finite_mean is None else self.finite_mean - log_total_N,
+            num_finite=self.num_finite,
+            draws=draws,
+        )
 
 
 class Scratch:
@@ -81,6 +148,10 @@ class Scratch:
         if buffer is None or buffer.numel() < num_elements:
             buffer = self._buffers[name] = like.new_empty(num_elements)
         return buffer[:num_elements].view(shape)
+
+
+RowEvaluator = Callable[[Tensor, TokenBatch, RowPlan, Scratch, Tensor | None], RowResult]
+"""Type of `evaluate_rows_` and of what may stand in for it."""
 
 
 def evaluate_rows_(
@@ -109,9 +180,7 @@ def evaluate_rows_(
     if drawn_NS is not None and drawn_masses_NS is not None:
         draws = _draw_statistics(drawn_NS, drawn_masses_NS, targets_N1, total_N, shifted)
     row = _row_statistics(masses_NV, target_mass_N, other_mass_N, shifted, draws, scratch)
-    terms = plan.terms(row)
-    if plan.z_loss:
-        terms = add_z_loss(terms, row, plan.z_loss)
+    terms = plan.terms_with_z_loss(row)
     result = RowResult(loss=terms.loss, metrics=_token_metrics(row, shifted))
     if gradient_scale_N is not None:  # last: it uses up the buffers
         _write_gradient_(masses_NV, targets_N1, drawn_NS, total_N, terms, shifted, plan, gradient_scale_N)
@@ -182,37 +251,25 @@ def _row_statistics(
     scratch: Scratch,
 ) -> RowStatistics:
     """Statistics of rows from their masses, in which the target's is 0; `shifted.copy_NV` is used up."""
-    total_N = target_mass_N + other_mass_N
-    log_total_N = total_N.log()
-    other_prob_N = other_mass_N / total_N
-    head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
-    head_nats_N, tail_nats_N = None, None
-    if shifted.copy_NV is not None:  # sum of -p log p = mass log S - (sum of e (z - max)) / S
-        weighted_sum_N = row_dot(shifted.copy_NV, masses_NV, shifted.copy_NV)
-        head_nats_N = other_prob_N * log_total_N - weighted_sum_N / total_N
-        tail_nats_N = torch.zeros_like(head_nats_N)
+    other_weighted_N, head_mass_N, head_weighted_N = None, None, None
+    if shifted.copy_NV is not None:
+        other_weighted_N = row_dot(shifted.copy_NV, masses_NV, shifted.copy_NV)
     if shifted.head_NV is not None:
         product_NV = scratch.take("product", masses_NV)
-        head_mass_N = row_dot(masses_NV, shifted.head_NV, product_NV) / total_N
-        tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
-        if shifted.copy_NV is not None and head_nats_N is not None:
-            other_nats_N = head_nats_N
-            weighted_sum_N = row_dot(shifted.copy_NV, shifted.head_NV, product_NV)
-            head_nats_N = head_mass_N * log_total_N - weighted_sum_N / total_N
-            tail_nats_N = other_nats_N - head_nats_N
-    return RowStatistics(
-        log_prob=target_log_prob(shifted.target_N, target_mass_N, other_mass_N),
-        prob=target_mass_N / total_N,
-        other_prob=other_prob_N,
-        log_normalizer=shifted.max_N + log_total_N,
+        head_mass_N = row_dot(masses_NV, shifted.head_NV, product_NV)
+        if shifted.copy_NV is not None:
+            head_weighted_N = row_dot(shifted.copy_NV, shifted.head_NV, product_NV)
+    return RowSums(
+        max=shifted.max_N,
+        target=shifted.target_N,
+        target_mass=target_mass_N,
+        other_mass=other_mass_N,
+        other_weighted=other_weighted_N,
         head_mass=head_mass_N,
-        tail_mass=tail_mass_N,
-        head_nats=head_nats_N,
-        tail_nats=tail_nats_N,
-        mean_log_prob=None if shifted.mean_N is None else shifted.mean_N - log_total_N,
+        head_weighted=head_weighted_N,
+        finite_mean=shifted.mean_N,
         num_finite=None if shifted.finite_NV is None else shifted.finite_NV.sum(1),
-        draws=draws,
-    )
+    ).statistics(draws)
 
 
 def _draw_statistics(
@@ -253,20 +310,22 @@ def _write_gradient_(
 
 
 def _token_metrics(row: RowStatistics, shifted: _Shifted) -> TokenMetrics | None:
-    if (
-        shifted.target_rank_N is None
-        or shifted.head_NV is None
-        or shifted.head_holds_target_N is None
-        or row.head_nats is None
-        or row.tail_nats is None
-    ):
+    if shifted.target_rank_N is None or shifted.head_NV is None or shifted.head_holds_target_N is None:
         return None
-    target_nats_N = torch.where(row.prob > 0, -row.prob * row.log_prob, torch.zeros_like(row.prob))
-    target_in_head_N = torch.where(shifted.head_holds_target_N, row.prob, torch.zeros_like(row.prob))
+    return token_metrics(row, shifted.head_holds_target_N, shifted.head_NV.sum(1), shifted.target_rank_N)
+
+
+def token_metrics(
+    row: RowStatistics, head_holds_target_N: Tensor, head_size_N: Tensor, target_rank_N: Tensor
+) -> TokenMetrics | None:
+    """Metrics of rows, or None where the statistics lack a sum of `-p log p`."""
+    if row.head_nats is None or row.tail_nats is None:
+        return None
+    zero_N = torch.zeros_like(row.prob)
     return TokenMetrics(
         cross_entropy=-row.log_prob,
-        entropy=row.head_nats + row.tail_nats + target_nats_N,
-        head_mass=row.head_mass + target_in_head_N,
-        head_size=shifted.head_NV.sum(1),
-        target_rank=shifted.target_rank_N,
+        entropy=row.head_nats + row.tail_nats + torch.where(row.prob > 0, -row.prob * row.log_prob, zero_N),
+        head_mass=row.head_mass + torch.where(head_holds_target_N, row.prob, zero_N),
+        head_size=head_size_N,
+        target_rank=target_rank_N,
     )
