@@ -13,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # read when triton is imported, which nothing has done yet
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DATA_DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -174,7 +174,7 @@ def test_a_compiled_model_gets_the_gradients_of_an_eager_one():
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", ["auto", "chunked", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tied_embeddings(implementation, reduction):
     """One parameter read twice receives the sum of what each use would receive alone."""
@@ -198,7 +198,7 @@ def test_tied_embeddings(implementation, reduction):
     torch.testing.assert_close(embedding.weight.grad, separate[0].grad + separate[1].grad)
 
 
-@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", ["auto", "chunked", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_computes_logits_low_and_gradients_in_full(bench, implementation, reduction):
     inputs = bench.make_inputs(n=100, v=50, d=16, scale=0.5).to(torch.float32)
@@ -266,7 +266,7 @@ def test_import_needs_torch_alone():
     program = """
 import sys
 
-BLOCKED = {"transformers", "tokenizers", "safetensors", "scipy", "matplotlib", "jinja2", "rich", "datasets", "pyarrow"}
+BLOCKED = {"triton", "transformers", "tokenizers", "safetensors", "scipy", "matplotlib", "jinja2", "rich", "datasets", "pyarrow"}
 
 class Block:
     def find_spec(self, name, path=None, target=None):

@@ -110,9 +110,9 @@ def mean_over_all_positions(patch):
 def token_weight_on_the_loss_alone(patch):
     exact = closed_form.evaluate_rows_
 
-    def evaluate(logits, batch, plan, scratch, gradient_scale, *shard):
+    def evaluate(logits, batch, plan, scratch, gradient_scale, **shard):
         ones = None if gradient_scale is None else torch.ones_like(gradient_scale)
-        return exact(logits, batch, plan, scratch, ones, *shard)
+        return exact(logits, batch, plan, scratch, ones, **shard)
 
     patch.setattr("rlprior.objectives.chunked.evaluate_rows_", evaluate)
 

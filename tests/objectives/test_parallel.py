@@ -251,7 +251,7 @@ def one_process(tmp_path: Path):
         ),
         (
             lambda i: {"implementation": "reference", "shard": VocabularyShard()},
-            "'auto' or 'chunked' with a shard",
+            r"implementation must be one of \('auto', 'chunked'\) with a shard",
         ),
         (lambda i: {"shard": VocabularyShard(vocab_size=38)}, r"vocab_size must be in \[1, 37\].*got 38"),
         (lambda i: {"shard": VocabularyShard(vocab_size=30)}, r"targets must be in \[0, 30\)"),

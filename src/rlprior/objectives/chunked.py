@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from rlprior.objectives.batch import TokenBatch, TokenMetrics
-from rlprior.objectives.closed_form import RowPlan, Scratch, evaluate_rows_
+from rlprior.objectives.closed_form import RowEvaluator, RowPlan, Scratch, evaluate_rows_
 from rlprior.objectives.parallel import ShardColumns
 
 # Measured on CPU: below 256 rows matrix products lose speed, and smaller blocks lose it to the overhead of each pass.
@@ -40,6 +41,8 @@ class LossRequest:
         compute_dtype: dtype of the logits.
         chunk_rows: positions whose logits are held at a time; None chooses by device and vocabulary.
         shard: where weight and logits hold a part of the vocabulary.
+        kernels: evaluates rows in place of the generic code, on logits in the compute dtype; None is the generic code,
+            whose logits have the dtype of the statistics.
     """
 
     batch: TokenBatch
@@ -48,11 +51,17 @@ class LossRequest:
     compute_dtype: torch.dtype
     chunk_rows: int | None = None
     shard: ShardColumns | None = None
+    kernels: RowEvaluator | None = None
 
     @property
     def statistics_dtype(self) -> torch.dtype:
         """Dtype of sums, losses and metrics."""
         return statistics_dtype(self.compute_dtype)
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Dtype of a chunk's logits, and of the gradient that replaces them."""
+        return self.statistics_dtype if self.kernels is None else self.compute_dtype
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -237,11 +246,9 @@ class _Pass:
             logits_RV, start, self._gradient_scale(rows, upstream_N) if wants_gradient else None
         )
         if self.hidden_gradient_ND is not None:
-            self.hidden_gradient_ND[rows] = _product(gradient_RV, weight_VD)
-        if self.weight_gradient_VD is not None and hidden_RD.dtype == logits_RV.dtype:
-            self.weight_gradient_VD.addmm_(gradient_RV.t(), hidden_RD)
-        elif self.weight_gradient_VD is not None:
-            self.weight_gradient_VD.add_(_product(gradient_RV.t(), hidden_RD))
+            self.hidden_gradient_ND[rows] = _product(gradient_RV, weight_VD, self.hidden_gradient_ND.dtype)
+        if self.weight_gradient_VD is not None:
+            _add_product_(self.weight_gradient_VD, gradient_RV.t(), hidden_RD)
 
     def run_logits(self, logits_NV: Tensor, gradient_NV: Tensor | None) -> None:
         """Losses of given logits; the gradient is written to `gradient_NV`, which holds zeros."""
@@ -277,7 +284,8 @@ class _Pass:
     def _logits_buffer(self, num_rows: int, num_columns: int) -> Tensor:
         """Room for logits; a shard has one column more, which stands for the tokens of other processes."""
         width = num_columns if self.request.shard is None else num_columns + 1
-        return self._scratch.take("logits", self.loss_N, (num_rows, width))
+        like = self.loss_N.new_empty(0, dtype=self.request.logits_dtype)
+        return self._scratch.take("logits", like, (num_rows, width))
 
     def _exclude_padding_(self, logits_RV: Tensor) -> Tensor:
         if self.request.shard is not None:
@@ -291,17 +299,16 @@ class _Pass:
 
     def _evaluate_chunk_(self, logits_RV: Tensor, start: int, scale_R: Tensor | None) -> None:
         """Record losses and metrics from the `start`-th position on, and leave the gradient in `logits_RV`."""
-        batch = self.request.batch
-        num_rows, shard = logits_RV.shape[0], self.request.shard
+        batch, shard = self.request.batch, self.request.shard
+        evaluate_ = self.request.kernels or partial(evaluate_rows_, shard=shard)
+        num_rows = logits_RV.shape[0]
         block_rows = _block_rows(logits_RV) if shard is None else num_rows  # fewer blocks, fewer collectives
         for low in range(0, num_rows, block_rows):
             high = min(low + block_rows, num_rows)
             rows = batch.positions(start + low, start + high)
             block = batch.select(rows)
             scale_N = None if scale_R is None else scale_R[low:high]
-            result = evaluate_rows_(
-                logits_RV[low:high], block, self.request.plan, self._scratch, scale_N, shard
-            )
+            result = evaluate_(logits_RV[low:high], block, self.request.plan, self._scratch, scale_N)
             self.loss_N[rows] = result.loss if block.weights_N is None else result.loss * block.weights_N
             if result.metrics is not None:
                 for whole_N, part_N in zip(self.metrics, result.metrics.tensors(), strict=True):
@@ -320,8 +327,20 @@ def _block_rows(logits_NV: Tensor) -> int:
     return max(1, CPU_BLOCK_ELEMENTS // logits_NV.shape[1])
 
 
-def _product(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient @ factor` in the wider dtype of `gradient`, with the speed of that of `factor` where there is any."""
-    if gradient.is_cuda and gradient.dtype != factor.dtype:
-        return torch.mm(gradient.to(factor.dtype), factor, out_dtype=gradient.dtype)
-    return gradient @ factor.to(gradient.dtype)
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` summed and returned in `dtype`, with the speed of the dtype of `right` where there is any."""
+    if left.dtype == right.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `total`, in its dtype, as `_product` does."""
+    if left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:  # no product of the size of `total` on the way
+        torch.addmm(total, left.to(right.dtype), right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

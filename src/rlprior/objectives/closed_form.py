@@ -65,6 +65,11 @@ class RowPlan:
         """Size of the head to select, or None for no selection."""
         return self.needs.top_k if self.metrics_top_k is None else self.metrics_top_k
 
+    def terms_with_z_loss(self, row: RowStatistics) -> RowTerms:
+        """Loss and gradient of the objective and of the z-loss together."""
+        terms = self.terms(row)
+        return add_z_loss(terms, row, self.z_loss) if self.z_loss else terms
+
     @property
     def needs_head_nats(self) -> bool:
         """Whether a sum of -p log p is wanted for any tokens at all."""
@@ -84,6 +89,69 @@ class RowResult:
     metrics: TokenMetrics | None
 
 
+@dataclass(frozen=True)
+class RowSums:
+    """What passes over the vocabulary add up for each row, all [N], from the shifted logits `s_j = z_j - max_i z_i`.
+
+    Attributes:
+        max: `max_i z_i`.
+        target: `s_x`.
+        target_mass: `exp(s_x)`.
+        other_mass: sum of `exp(s_j)` over all but x.
+        other_weighted: sum of `s_j exp(s_j)` over all but x, or None.
+        head_mass, head_weighted: the same sums over the head without x, or None.
+        finite_mean: mean of the finite `s_j`, or None.
+        num_finite: how many those are, or None.
+    """
+
+    max: Tensor
+    target: Tensor
+    target_mass: Tensor
+    other_mass: Tensor
+    other_weighted: Tensor | None
+    head_mass: Tensor | None
+    head_weighted: Tensor | None
+    finite_mean: Tensor | None
+    num_finite: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of all `exp(s_j)`: p_j is `exp(s_j) / total`."""
+        return self.target_mass + self.other_mass
+
+    def statistics(self, draws: Draws | None = None) -> RowStatistics:
+        """What the closed forms ask for."""
+        total_N = self.total
+        log_total_N = total_N.log()
+        other_prob_N = self.other_mass / total_N
+        head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
+        head_nats_N, tail_nats_N = None, None
+        # A sum of -p log p is mass log S - (sum of e s) / S over the same tokens.
+        if self.other_weighted is not None:
+            head_nats_N = other_prob_N * log_total_N - self.other_weighted / total_N
+            tail_nats_N = torch.zeros_like(head_nats_N)
+        if self.head_mass is not None:
+            head_mass_N = self.head_mass / total_N
+            tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
+            if self.head_weighted is not None:
+                other_nats_N = head_nats_N
+                head_nats_N = head_mass_N * log_total_N - self.head_weighted / total_N
+                tail_nats_N = None if other_nats_N is None else other_nats_N - head_nats_N
+        return RowStatistics(
+            log_prob=target_log_prob(self.target, self.target_mass, self.other_mass),
+            prob=self.target_mass / total_N,
+            other_prob=other_prob_N,
+            log_normalizer=self.max + log_total_N,
+            head_mass=head_mass_N,
+            tail_mass=tail_mass_N,
+            head_nats=head_nats_N,
+            tail_nats=tail_nats_N,
+            mean_log_prob=None if self.finite_mean is None else self.finite_mean - log_total_N,
+            num_finite=self.num_finite,
+            draws=draws,
+        )
+
+
 class Scratch:
     """Buffers allocated once and reused: fresh pages cost more than the arithmetic on them."""
 
@@ -98,6 +166,10 @@ class Scratch:
         if buffer is None or buffer.numel() < num_elements:
             buffer = self._buffers[name] = like.new_empty(num_elements)
         return buffer[:num_elements].view(shape)
+
+
+RowEvaluator = Callable[[Tensor, TokenBatch, RowPlan, Scratch, Tensor | None], RowResult]
+"""Type of `evaluate_rows_` and of what may stand in for it."""
 
 
 class Shard(Protocol):
@@ -145,10 +217,8 @@ def evaluate_rows_(
     draws = None if drawn_NS is None else rows.describe_draws(drawn_NS)
     rows.sum_masses_()
     row = rows.statistics(draws)
-    terms = plan.terms(row)
-    if plan.z_loss:
-        terms = add_z_loss(terms, row, plan.z_loss)
-    result = RowResult(loss=terms.loss, metrics=rows.metrics(row) if plan.wants_metrics else None)
+    terms = plan.terms_with_z_loss(row)
+    result = RowResult(loss=terms.loss, metrics=rows.metrics(row))
     if gradient_scale_N is not None:  # last: it uses up the buffers
         rows.write_gradient_(terms, drawn_NS, gradient_scale_N)
         if slope_NV is not None:
@@ -244,37 +314,19 @@ class _Rows:
         self.total_N = self.target_mass_N + self.sums["others"]
 
     def statistics(self, draws: Draws | None) -> RowStatistics:
-        """What the closed forms ask for; a sum of -p log p is `mass log S - (sum of e (z - max))/S` over the same tokens."""
-        sums, total_N, log_total_N = self.sums, self.total_N, self.total_N.log()
-        other_prob_N = sums["others"] / total_N
-        head_mass_N, tail_mass_N = other_prob_N, torch.zeros_like(other_prob_N)
-        head_nats_N, tail_nats_N = None, None
-        if self.plan.needs_all_nats:
-            head_nats_N = other_prob_N * log_total_N - sums["others_dot"] / total_N
-            tail_nats_N = torch.zeros_like(head_nats_N)
-        if self.head is not None:
-            head_mass_N = sums["head"] / total_N
-            tail_mass_N = (other_prob_N - head_mass_N).clamp_min(0)
-            if self.plan.needs_head_nats:
-                other_nats_N = head_nats_N
-                head_nats_N = head_mass_N * log_total_N - sums["head_dot"] / total_N
-                tail_nats_N = None if other_nats_N is None else other_nats_N - head_nats_N
-        has_mean = self.plan.needs.mean_log_prob
-        return RowStatistics(
-            log_prob=target_log_prob(
-                (self.target_N1 - self.max_N1)[:, 0], self.target_mass_N, sums["others"]
-            ),
-            prob=self.target_mass_N / total_N,
-            other_prob=other_prob_N,
-            log_normalizer=self.max_N1[:, 0] + log_total_N,
-            head_mass=head_mass_N,
-            tail_mass=tail_mass_N,
-            head_nats=head_nats_N,
-            tail_nats=tail_nats_N,
-            mean_log_prob=sums["finite"] / sums["num_finite"] - log_total_N if has_mean else None,
-            num_finite=sums["num_finite"] if has_mean else None,
-            draws=draws,
-        )
+        """What the closed forms ask for."""
+        sums, wants_mean = self.sums, self.plan.needs.mean_log_prob
+        return RowSums(
+            max=self.max_N1[:, 0],
+            target=(self.target_N1 - self.max_N1)[:, 0],
+            target_mass=self.target_mass_N,
+            other_mass=sums["others"],
+            other_weighted=sums.get("others_dot"),
+            head_mass=sums.get("head"),
+            head_weighted=sums.get("head_dot"),
+            finite_mean=sums["finite"] / sums["num_finite"] if wants_mean else None,
+            num_finite=sums["num_finite"] if wants_mean else None,
+        ).statistics(draws)
 
     def describe_draws(self, drawn_NS: Tensor) -> Draws:
         """Draws among all columns, described before the target's probability is taken out."""
@@ -285,20 +337,12 @@ class _Rows:
             is_head_NS = self.head.is_member_NC.gather(1, drawn_NS) > 0
         return Draws(log_prob=log_prob_NS, is_target=drawn_NS == self.targets_N1, is_head=is_head_NS)
 
-    def metrics(self, row: RowStatistics) -> TokenMetrics:
-        """Measurements of the model, for plans that want them."""
-        if self.head is None or row.head_nats is None or row.tail_nats is None:
-            raise RuntimeError("metrics need a head and the nats of all tokens")
-        zero_N = torch.zeros_like(row.prob)
-        target_nats_N = torch.where(row.prob > 0, -row.prob * row.log_prob, zero_N)
+    def metrics(self, row: RowStatistics) -> TokenMetrics | None:
+        """Measurements of the model, where the plan wants them."""
+        if self.head is None or not self.plan.wants_metrics:
+            return None
         holds_target_N = (self.target_N1 >= self.head.threshold_N1)[:, 0]
-        return TokenMetrics(
-            cross_entropy=-row.log_prob,
-            entropy=row.head_nats + row.tail_nats + target_nats_N,
-            head_mass=row.head_mass + torch.where(holds_target_N, row.prob, zero_N),
-            head_size=self.sums["head_size"],
-            target_rank=1 + self.sums["num_greater"],
-        )
+        return token_metrics(row, holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"])
 
     def write_gradient_(self, terms: RowTerms, drawn_NS: Tensor | None, scale_N: Tensor) -> None:
         """Replace the logits by the gradient; see `RowTerms` for its parts. The masks are used up."""
@@ -327,6 +371,22 @@ class _Rows:
             return torch.mul(self.probs_NV, head.is_member_NC, out=product_NV), self.logits_NV
         probs_NC = self.probs_NV.gather(1, head.columns_NC) * head.is_member_NC
         return probs_NC, head.values_NC - self.max_N1
+
+
+def token_metrics(
+    row: RowStatistics, head_holds_target_N: Tensor, head_size_N: Tensor, target_rank_N: Tensor
+) -> TokenMetrics | None:
+    """Metrics of rows, or None where the statistics lack a sum of `-p log p`."""
+    if row.head_nats is None or row.tail_nats is None:
+        return None
+    zero_N = torch.zeros_like(row.prob)
+    return TokenMetrics(
+        cross_entropy=-row.log_prob,
+        entropy=row.head_nats + row.tail_nats + torch.where(row.prob > 0, -row.prob * row.log_prob, zero_N),
+        head_mass=row.head_mass + torch.where(head_holds_target_N, row.prob, zero_N),
+        head_size=head_size_N,
+        target_rank=target_rank_N,
+    )
 
 
 def _dot(probs_NV: Tensor, shifted_NV: Tensor) -> Tensor:

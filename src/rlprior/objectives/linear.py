@@ -18,14 +18,14 @@ from rlprior.objectives.batch import TokenBatch, TokenMetrics
 from rlprior.objectives.chunked import LossRequest, statistics_dtype
 from rlprior.objectives.closed_form import RowPlan
 from rlprior.objectives.parallel import ShardColumns, VocabularyShard
-from rlprior.objectives.registry import IMPLEMENTATIONS, find_entry
+from rlprior.objectives.registry import IMPLEMENTATIONS, find_entry, find_kernels
 from rlprior.objectives.settings import Objective, SampledReward
 
 METRICS_TOP_K = 100
 """Head size of the metrics for objectives that have no `top_k` of their own."""
 
 Reduction = Literal["mean", "sum", "none"]
-Implementation = Literal["auto", "chunked", "reference"]
+Implementation = Literal["auto", "chunked", "triton", "reference"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -132,6 +132,7 @@ def shaped_cross_entropy(
         summed=_require_reduction(reduction) != "none",
         compute_dtype=logits.dtype,
         shard=columns,
+        kernels=None if shard else find_kernels("auto", shaping, logits.dtype, logits.device),
     )
     loss, metrics = chunked.logits_loss(logits.reshape(-1, logits.shape[-1]), request)
     return _present(loss, metrics, targets, batch, reduction)
@@ -203,8 +204,9 @@ def linear_shaped_cross_entropy(
     Args:
         hidden: [..., D], floating point.
         weight: [V, D], in the dtype of `hidden` unless autocast is on; an embedding tied to the input will do.
-        implementation: "chunked" keeps the logits of a few hundred positions at a time; "reference" holds them all
-            and differentiates by autograd; "auto" is the best one there is for these inputs.
+        implementation: "chunked" keeps the logits of some hundred or thousand positions at a time; "triton" is the same
+            with kernels for NVIDIA GPUs; "reference" holds all logits and differentiates by autograd; "auto" is
+            "triton" on CUDA devices, where triton is installed and takes the inputs, and "chunked" elsewhere.
         chunk_rows: positions whose logits are held at a time, at least 1; None chooses by device and vocabulary.
         targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, logit_softcap, z_loss,
             shard, return_metrics: as in `shaped_cross_entropy`.
@@ -224,6 +226,7 @@ def linear_shaped_cross_entropy(
     tensor([[-0.4248,  0.0000],
             [ 0.0000,  0.0000]])
     """
+    _require_implementation(implementation, shard)
     weight = _local_part(weight, shard)
     compute_dtype = _require_linear(hidden, weight)
     columns = _locate(shard, weight.shape[0], weight.device, shaping)
@@ -238,11 +241,10 @@ def linear_shaped_cross_entropy(
         compute_dtype=compute_dtype,
         chunk_rows=_require_chunk_rows(chunk_rows),
         shard=columns,
+        kernels=None if shard else find_kernels(implementation, shaping, compute_dtype, hidden.device),
     )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    if _require_implementation(implementation) == "reference":
-        if shard is not None:
-            raise ValueError("implementation must be 'auto' or 'chunked' with a shard, got 'reference'")
+    if implementation == "reference":
         loss, metrics = reference.linear_loss(
             hidden_ND, weight, partial(find_entry(shaping).reference, shaping), request
         )
@@ -341,12 +343,11 @@ def _require_reduction(reduction: str) -> str:
     return reduction
 
 
-def _require_implementation(implementation: str) -> str:
-    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {('auto', *IMPLEMENTATIONS)}, got {implementation!r}"
-        )
-    return implementation
+def _require_implementation(implementation: str, shard: VocabularyShard | None) -> None:
+    known = ("auto", *IMPLEMENTATIONS) if shard is None else ("auto", "chunked")
+    if implementation not in known:
+        where = "" if shard is None else " with a shard"
+        raise ValueError(f"implementation must be one of {known}{where}, got {implementation!r}")
 
 
 def _require_chunk_rows(chunk_rows: int | None) -> int | None:

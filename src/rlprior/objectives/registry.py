@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from rlprior.objectives import formulas, reference
+from rlprior.objectives.closed_form import RowEvaluator
 from rlprior.objectives.formulas import Needs, RowStatistics, RowTerms
 from rlprior.objectives.reference import Distribution
 from rlprior.objectives.settings import (
@@ -80,8 +82,36 @@ REGISTRY: dict[str, Entry] = {entry.settings.name: entry for entry in _ENTRIES}
 OBJECTIVES: dict[str, type[Objective]] = {name: entry.settings for name, entry in REGISTRY.items()}
 """Settings class of every objective by name, for configuration files."""
 
-IMPLEMENTATIONS: tuple[str, ...] = ("chunked", "reference")
-"""Ways to compute a loss from hidden states and weight; each takes every objective."""
+IMPLEMENTATIONS: tuple[str, ...] = ("chunked", "triton", "reference")
+"""Ways to compute a loss from hidden states and weight; each takes every objective, "triton" all but those that draw."""
+
+
+def find_kernels(
+    implementation: str, objective: Objective, compute_dtype: torch.dtype, device: torch.device
+) -> RowEvaluator | None:
+    """The Triton kernels where "triton" is asked for, or "auto" on a CUDA device with all that they need; else None.
+
+    Raises:
+        ValueError: "triton" is asked for and something is missing.
+    """
+    if implementation != "triton" and not (implementation == "auto" and device.type == "cuda"):
+        return None
+    try:
+        from rlprior.objectives import fused
+    except ImportError:
+        unmet = "the triton package (pip install 'rlprior[gpu]')"
+    else:
+        if find_entry(objective).needs(objective).num_draws:
+            unmet = f"an objective that draws no tokens, got {type(objective).__name__}"
+        elif compute_dtype not in fused.DTYPES:
+            unmet = f"logits in float32, bfloat16 or float16, got {compute_dtype}"
+        elif device.type != "cuda" and not fused.IS_INTERPRETED:
+            unmet = f"tensors on a CUDA device, got {device.type}"
+        else:
+            return fused.evaluate_rows_
+    if implementation == "triton":
+        raise ValueError(f"implementation 'triton' needs {unmet}; 'auto' takes what fits")
+    return None
 
 
 def find_entry(objective: Objective) -> Entry:
