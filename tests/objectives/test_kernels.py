@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import triton
 from tests.objectives.kernel_cases import (
     DEFAULT_TILES,
     DEVICE,
@@ -25,6 +26,7 @@ from tests.objectives.kernel_cases import (
     set_tiles,
     small_inputs,
 )
+from triton.runtime import interpreter
 
 import rlprior.objectives
 from rlprior.objectives import (
@@ -57,7 +59,7 @@ def test_every_reduction_with_options(bench):
     check(
         bench,
         SHAPING,
-        small_inputs(bench),
+        small_inputs(bench, n=3),
         reductions=("none", "sum", "mean"),
         logit_softcap=3.0,
         z_loss=0.01,
@@ -88,9 +90,9 @@ def head_by_sorting(logits, top_k):
     ("dtype", "top_k", "tiles"),
     [
         (torch.float32, 7, (4, 4, 16, 16)),
-        (torch.float32, 36, (4, 4, 16, 16)),  # more than there are blocks
+        (torch.bfloat16, 36, (4, 4, 16, 16)),  # more than there are blocks
         (torch.bfloat16, 1, (4, 4, 16, 16)),
-        (torch.bfloat16, 7, (4, 2, 4, 2)),  # maxima and candidates in several tiles
+        (torch.bfloat16, 7, (4, 2, 8, 4)),  # maxima and candidates in several tiles
         (torch.float16, 7, (2, 8, 32, 16)),
     ],
 )
@@ -154,12 +156,24 @@ def test_an_excluded_logit_stays_excluded_under_a_softcap():
     torch.testing.assert_close(metrics, kept_metrics, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.fixture
+def rounding_like_a_gpu(monkeypatch):
+    """The interpreter cuts a float32 off at the bits of bfloat16, where GPUs round it."""
+    convert = interpreter._convert_float
+
+    def round_and_convert(values, source, result, mode):
+        if result == triton.language.bfloat16:
+            values = torch.tensor(values).bfloat16().float().numpy()
+        return convert(values, source, result, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", round_and_convert)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("objective_", SETTINGS, ids=lambda settings: settings.name)
-def test_low_precision_is_no_worse_than_plain_cross_entropy(bench, dtype, objective_):
-    # The interpreter cuts bfloat16 off where GPUs round: every entry of a row's gradient is off by up to 2^-7 of itself.
+def test_low_precision_is_no_worse_than_plain_cross_entropy(bench, rounding_like_a_gpu, dtype, objective_):
     inputs = bench.make_inputs(seed=5, n=24, v=61, d=16, scale=0.5).to(dtype)
-    assert_within_budget(inputs, objective_, least=2.0**-7 if dtype == torch.bfloat16 else 0.0)
+    assert_within_budget(inputs, objective_)
 
 
 def test_float16_gradients_are_scaled_after_the_products(bench):
@@ -257,6 +271,7 @@ def test_one_position_and_the_smallest_vocabularies(columns):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_where_there_is_none(tmp_path):
     """What the interpreter lets pass, the compiler may refuse."""
     program = """
