@@ -1,4 +1,5 @@
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportIndexIssue=false
+# Launch options such as num_warps are not parameters of a kernel, and older releases of triton have no types at all.
 """Rows evaluated by the Triton kernels: the same results as `closed_form.evaluate_rows_`, from logits of two bytes.
 
 The kernels read the vocabulary; the formulas see one number per row, as everywhere else. Importing this module imports
