@@ -210,6 +210,7 @@ class _World:
             "top_p": 0.95,
             "max_new_tokens": 64,
             "baseline_accuracy": 0.03,
+            "baseline_pass_at_k": [0.03 * k for k in range(1, m + 1)],
         }
 
     def log(self, effect: Effect, stage: str) -> list[dict[str, Any]]:

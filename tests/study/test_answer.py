@@ -68,16 +68,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Analysis]
         (
             (UP, DOWN, ALONE, SAME),
             "After RL, scores are better under up (+4.0) and worse under down (−6.0) than under cross-entropy; no difference larger "
-            "than chance under alone and same (Avg@4 on arithmetic in points, 1 seed).",
+            "than chance under alone and same (Avg@4 on arithmetic in points, one seed: another may say otherwise).",
         ),
         (
             (DOWN,),
-            "After RL, scores are worse under down (−6.0) than under cross-entropy (Avg@4 on arithmetic in points, 1 seed).",
+            "After RL, scores are worse under down (−6.0) than under cross-entropy (Avg@4 on arithmetic in points, "
+            "one seed: another may say otherwise).",
         ),
         (
             (ALONE, SAME),
             "After RL, none of the 2 objectives compared differs from cross-entropy by more than chance (Avg@4 on arithmetic in "
-            "points, 1 seed).",
+            "points, one seed: another may say otherwise).",
         ),
         (
             (),
@@ -126,3 +127,17 @@ def test_more_seeds_change_what_cannot_be_concluded(tmp_path: Path) -> None:
     assert limits[0].startswith("3 seeds: the intervals cover the luck of initialisation")
     assert limits[0].endswith("With so few seeds only large differences can be found.")
     assert not any(line.startswith("One seed") for line in limits)
+
+
+def test_the_headline_is_about_the_first_task_that_the_models_can_do(
+    material: tuple[Study, Analysis],
+) -> None:
+    study, analysis = material
+    (task,) = analysis.tasks
+    hopeless = replace(task, name="hopeless", baseline_accuracy=1.0)
+    assert not hopeless.beats_guessing
+    both = replace(analysis, tasks=(hopeless, task))
+    answer = answer_question(study, both, [])
+    assert "on arithmetic in points" in answer.headline
+    assert answer.findings[0][0] == "After RL on arithmetic"
+    assert replace(analysis, tasks=(hopeless,)).main_task == hopeless

@@ -111,6 +111,12 @@ class TaskAnalysis:
         }[score]
 
     @property
+    def beats_guessing(self) -> bool:
+        """Whether every arm answers better before RL than the most frequent answer would."""
+        before = [row.before["avg"].value for row in self.rows if "avg" in row.before]
+        return bool(before) and min(before) > 100 * (self.baseline_accuracy or 0)
+
+    @property
     def rl_gains(self) -> dict[str, tuple[Comparison, ...]]:
         """After minus before RL of each arm, keyed by score."""
         return {score: tuple(row.gain[score] for row in self.rows if score in row.gain) for score in SCORES}
@@ -124,6 +130,12 @@ class Analysis:
     likelihood: tuple[ArmLikelihood, ...]
     likelihood_comparisons: Mapping[str, tuple[Comparison, ...]]
     tasks: tuple[TaskAnalysis, ...]
+
+    @property
+    def main_task(self) -> TaskAnalysis | None:
+        """The task that the headline is about: the first that the models can do at all, or else the first."""
+        able = [task for task in self.tasks if task.beats_guessing]
+        return next(iter([*able, *self.tasks]), None)
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -41,7 +41,7 @@ def answer_question(study: Study, analysis: Analysis, checks: Sequence[Check]) -
     """Put the analysis into words; "larger than chance" means after Bonferroni's correction here."""
     baseline = _baseline_label(study)
     findings: list[tuple[str, str]] = []
-    for task in analysis.tasks:
+    for task in sorted(analysis.tasks, key=lambda task: task is not analysis.main_task):
         score, reach = task.score_label("avg"), task.score_label("pass")
         if any(task.rl_gains.values()):
             findings += [
@@ -106,14 +106,19 @@ def describe_family(what: str, comparisons: Sequence[Comparison], baseline: str)
 
 
 def _headline(analysis: Analysis, baseline: str) -> str:
-    task = next((task for task in analysis.tasks if task.after["avg"]), None)
-    if task is None:
+    task = analysis.main_task
+    if task is None or not task.after["avg"]:
         return (
             "No answer yet: reinforcement learning is not finished under two objectives with the same seed."
         )
     comparisons = task.after["avg"]
     seeds = {one.n if one.unit_of_chance == "seeds" else 1 for one in comparisons}
-    where = f"{task.score_label('avg')} on {task.name} in points, {join_names(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}"
+    luck = (
+        "one seed: another may say otherwise"
+        if seeds == {1}
+        else f"{join_names(map(str, sorted(seeds)))} seeds"
+    )
+    where = f"{task.score_label('avg')} on {task.name} in points, {luck}"
     better = [_with_effect(one) for one in comparisons if one.decided_in_family and one.effect > 0]
     worse = [_with_effect(one) for one in comparisons if one.decided_in_family and one.effect < 0]
     rest = [one.subject for one in comparisons if not one.decided_in_family]

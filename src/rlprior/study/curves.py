@@ -138,6 +138,18 @@ def pass_curves(study: Study, task: str, stage: str) -> list[Curve]:
     return curves
 
 
+def guessing_curve(study: Study, task: str) -> Curve | None:
+    """Pass@k in points of giving the k most frequent of all right answers to every question."""
+    finals = [study.final(*key) for key in study.runs]
+    pools = [final.tasks[task] for final in finals if final is not None and task in final.tasks]
+    guesses = next((pool.baseline_pass_at_k for pool in pools if pool.baseline_pass_at_k), ())
+    if not guesses:
+        return None
+    ks = powers_of_two(len(guesses))
+    values = tuple(100 * guesses[k - 1] for k in ks)
+    return Curve(arm="", x=tuple(float(k) for k in ks), values=values, low=values, high=values)
+
+
 def powers_of_two(largest: int) -> list[int]:
     """1, 2, 4, ... and `largest` itself.
 

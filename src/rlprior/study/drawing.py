@@ -167,12 +167,13 @@ def use_token_axis(axes: Axes, study: Study) -> None:
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / scale:g}"))
     axes.set_xlabel(f"training tokens ({unit})" if unit else "training tokens", fontsize=10, color=INK)
+    left, right = axes.get_xlim()
     for stage, start, end in boundaries:
         if start:
             axes.axvline(start, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         if len(boundaries) > 1:
             axes.text(
-                (start + end) / 2,
+                (max(start, left) + min(end, right)) / 2,
                 1.0,
                 STAGE_LABELS[stage],
                 transform=axes.get_xaxis_transform(),

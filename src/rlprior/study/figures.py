@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from rlprior.study.analysis import Analysis, TaskAnalysis
 from rlprior.study.curves import (
     Curve,
+    guessing_curve,
     metric_curves,
     pass_curves,
     pool_sizes,
@@ -218,6 +219,7 @@ def _draw_pass(study: Study, task: TaskAnalysis) -> StudyFigure | None:
     if not panels:
         return None
     styles = arm_styles(study)
+    guesses = guessing_curve(study, task.name)
     figure, axes = new_figure(len(panels), height=4.3, sharey=True)
     for one, (curves, title) in zip(axes[0], panels, strict=True):
         for curve in curves:
@@ -231,11 +233,21 @@ def _draw_pass(study: Study, task: TaskAnalysis) -> StudyFigure | None:
         one.xaxis.set_minor_locator(NullLocator())
         one.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         label_axes(one, title, "k (log scale)", "Pass@k, points (0 to 100)" if one is axes[0][0] else "")
+        if guesses is not None:
+            one.plot(guesses.x, guesses.values, color=FAINT, linestyle=(0, (2, 2)), linewidth=1.6)
+            one.annotate(
+                "guessing",
+                (guesses.x[-1], guesses.values[-1]),
+                (-4, 4),
+                textcoords="offset points",
+                color=FAINT,
+                ha="right",
+            )
     values = [value for curves, _ in panels for curve in curves for value in curve.values]
+    values += guesses.values if guesses else ()
     room = max(0.15 * (max(values) - min(values)), 5.0)
-    axes[0][0].set_ylim(
-        min(values) - room, max(values) + room
-    )  # a band over two seeds can be wider than the page
+    # A band over two seeds can be wider than the page.
+    axes[0][0].set_ylim(max(min(values) - room, -2.0), max(values) + room)
     add_legend(figure, study, [curve.arm for curves, _ in panels for curve in curves])
     unit = "seeds" if len(study.seeds) > 1 else "questions"
     return StudyFigure(
@@ -243,7 +255,9 @@ def _draw_pass(study: Study, task: TaskAnalysis) -> StudyFigure | None:
         title=f"Pass@k over k on {task.name}",
         caption="Chance that at least one of k answers is right: the left end is precision, the right end is reach, the questions "
         f"that RL can learn from. Bands are pointwise 95% intervals over {unit}; bands that overlap may still hide a real difference, "
-        "since arms are compared pair by pair in the tables. After Figure 8 of the paper.",
+        "since arms are compared pair by pair in the tables."
+        + (" Guessing: the k most frequent of all right answers, whatever the question." if guesses else "")
+        + " After Figure 8 of the paper.",
         alt="Rising curves over k. "
         + " ".join(
             f"{title}, at the largest k: {_describe_ends(study, curves, ' points', 1)}."
@@ -257,24 +271,24 @@ def _draw_overview(study: Study, analysis: Analysis) -> StudyFigure | None:
     label = next(arm.label for arm in study.arms if arm.name == study.baseline)
     panels: list[tuple[str, str, Sequence[Comparison]]] = [
         (
-            f"Entropy before RL,\nminus that of {label}",
+            f"Entropy\nbefore RL, minus {label}",
             "nats per token",
             analysis.likelihood_comparisons["entropy"],
         )
     ]
-    if analysis.tasks:
-        task = analysis.tasks[0]
-        score = task.score_label("avg")
+    task = analysis.main_task
+    if task is not None:
+        score = f"{task.score_label('avg')} on {task.name}"
         panels += [
-            (f"What RL added\nto {score}", "points", task.rl_gains["avg"]),
-            (f"{score} after RL,\nminus that of {label}", "points", task.after["avg"]),
+            (f"What RL added to\n{score}", "points", task.rl_gains["avg"]),
+            (f"{score}\nafter RL, minus {label}", "points", task.after["avg"]),
         ]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return None
     figure, axes = new_figure(len(panels), height=1.9 + 0.42 * len(study.arms), sharey=True)
     for one, (title, unit, comparisons) in zip(axes[0], panels, strict=True):
-        _draw_forest(one, study, comparisons, with_baseline=f"minus that of {label}" in title)
+        _draw_forest(one, study, comparisons, with_baseline=title.endswith(f"minus {label}"))
         label_axes(one, title, unit, "")
     return StudyFigure(
         name="overview",

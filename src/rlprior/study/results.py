@@ -50,6 +50,7 @@ class TaskScores:
         num_samples: samples per problem, m.
         consensus: expected majority vote, in [0, 1].
         baseline_accuracy: accuracy of always giving the most frequent answer, in [0, 1]; None where it means nothing.
+        baseline_pass_at_k: the same for Pass@k of the k most frequent answers, k = 1 to m; empty where it means nothing.
     """
 
     problem_ids: tuple[str, ...]
@@ -63,6 +64,7 @@ class TaskScores:
     top_p: float
     max_new_tokens: int
     baseline_accuracy: float | None
+    baseline_pass_at_k: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,7 @@ def _decode_task(data: Mapping[str, Any]) -> TaskScores:
         top_p=float(data["top_p"]),
         max_new_tokens=int(data["max_new_tokens"]),
         baseline_accuracy=None if baseline is None else float(baseline),
+        baseline_pass_at_k=tuple(float(one) for one in data.get("baseline_pass_at_k") or ()),
         **columns,
     )
 

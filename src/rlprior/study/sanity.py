@@ -116,7 +116,7 @@ def _check_task(task: TaskAnalysis) -> Iterable[Check]:
         constant = 100 * task.baseline_accuracy
         yield _check(
             f"Better than guessing on {task.name}",
-            min(before) > constant,
+            task.beats_guessing,
             f"{min(before):.1f} points",
             f"above {constant:.1f}, the most frequent answer",
             "the model may not read the questions",
