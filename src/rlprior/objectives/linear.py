@@ -132,7 +132,6 @@ def shaped_cross_entropy(
         summed=_require_reduction(reduction) != "none",
         compute_dtype=logits.dtype,
         shard=columns,
-        kernels=None if shard else find_kernels("auto", shaping, logits.dtype, logits.device),
     )
     loss, metrics = chunked.logits_loss(logits.reshape(-1, logits.shape[-1]), request)
     return _present(loss, metrics, targets, batch, reduction)
@@ -205,8 +204,8 @@ def linear_shaped_cross_entropy(
         hidden: [..., D], floating point.
         weight: [V, D], in the dtype of `hidden` unless autocast is on; an embedding tied to the input will do.
         implementation: "chunked" keeps the logits of some hundred or thousand positions at a time; "triton" is the same
-            with kernels for NVIDIA GPUs; "reference" holds all logits and differentiates by autograd; "auto" is
-            "triton" on CUDA devices, where triton is installed and takes the inputs, and "chunked" elsewhere.
+            with kernels for NVIDIA GPUs, which no GPU has run yet; "reference" holds all logits and differentiates by
+            autograd; "auto" is "chunked".
         chunk_rows: positions whose logits are held at a time, at least 1; None chooses by device and vocabulary.
         targets, shaping, token_weights, ignore_index, reduction, generator, metrics_top_k, logit_softcap, z_loss,
             shard, return_metrics: as in `shaped_cross_entropy`.

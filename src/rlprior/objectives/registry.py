@@ -89,12 +89,12 @@ IMPLEMENTATIONS: tuple[str, ...] = ("chunked", "triton", "reference")
 def find_kernels(
     implementation: str, objective: Objective, compute_dtype: torch.dtype, device: torch.device
 ) -> RowEvaluator | None:
-    """The Triton kernels where "triton" is asked for, or "auto" on a CUDA device with all that they need; else None.
+    """The Triton kernels where "triton" is asked for, else None.
 
     Raises:
-        ValueError: "triton" is asked for and something is missing.
+        ValueError: something that they need is missing.
     """
-    if implementation != "triton" and not (implementation == "auto" and device.type == "cuda"):
+    if implementation != "triton":
         return None
     try:
         from rlprior.objectives import fused
@@ -109,9 +109,7 @@ def find_kernels(
             unmet = f"tensors on a CUDA device, got {device.type}"
         else:
             return fused.evaluate_rows_
-    if implementation == "triton":
-        raise ValueError(f"implementation 'triton' needs {unmet}; 'auto' takes what fits")
-    return None
+    raise ValueError(f"implementation 'triton' needs {unmet}; 'auto' takes what fits")
 
 
 def find_entry(objective: Objective) -> Entry:
