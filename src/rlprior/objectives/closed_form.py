@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rlprior.objectives.formulas import (
     draw_tokens,
     target_log_prob,
 )
+from rlprior.objectives.parallel import ShardColumns
 from rlprior.objectives.selection import (
     Head,
     find_candidates,
@@ -172,32 +173,13 @@ RowEvaluator = Callable[[Tensor, TokenBatch, RowPlan, Scratch, Tensor | None], R
 """Type of `evaluate_rows_` and of what may stand in for it."""
 
 
-class Shard(Protocol):
-    """The columns of the vocabulary that this process holds, seen from those that hold the others.
-
-    Every process of the group makes the same calls in the same order.
-    """
-
-    def local_targets(self, targets_N: Tensor, num_columns: int) -> Tensor:
-        """Column of each target here, or the last of the columns where another process holds it."""
-        ...
-
-    def gather(self, values_NC: Tensor) -> Tensor:
-        """The values of all processes, [P, N, C]; C is the same everywhere."""
-        ...
-
-    def add_up(self, sums_SN: Tensor) -> Tensor:
-        """Sums over all processes."""
-        ...
-
-
 def evaluate_rows_(
     logits_NV: Tensor,
     batch: TokenBatch,
     plan: RowPlan,
     scratch: Scratch,
     gradient_scale_N: Tensor | None,
-    shard: Shard | None = None,
+    shard: ShardColumns | None = None,
 ) -> RowResult:
     """Loss and metrics of each row; the logits are overwritten.
 
@@ -215,12 +197,12 @@ def evaluate_rows_(
     rows.normalise_()
     drawn_NS = None if batch.uniforms_NS is None else draw_tokens(rows.probs_NV, batch.uniforms_NS)
     draws = None if drawn_NS is None else rows.describe_draws(drawn_NS)
-    rows.sum_masses_()
-    row = rows.statistics(draws)
+    sums = rows.sum_masses_()
+    row = sums.statistics(draws)
     terms = plan.terms_with_z_loss(row)
     result = RowResult(loss=terms.loss, metrics=rows.metrics(row))
     if gradient_scale_N is not None:  # last: it uses up the buffers
-        rows.write_gradient_(terms, drawn_NS, gradient_scale_N)
+        rows.write_gradient_(terms, drawn_NS, gradient_scale_N, sums.total)
         if slope_NV is not None:
             logits_NV.mul_(slope_NV)
     return result
@@ -240,11 +222,16 @@ class _Rows:
 
     Masses are `exp(z - max)` with the maximum over the whole vocabulary. `probs_NV` are the probabilities among the
     columns of this process, and `unit_N` is the mass of a probability of 1. `sums` run over each row, the target's mass
-    left out, and from `sum_masses_` on over the whole vocabulary.
+    left out; `sum_masses_` extends them over the whole vocabulary.
     """
 
     def __init__(
-        self, logits_NV: Tensor, targets_N1: Tensor, plan: RowPlan, scratch: Scratch, shard: Shard | None
+        self,
+        logits_NV: Tensor,
+        targets_N1: Tensor,
+        plan: RowPlan,
+        scratch: Scratch,
+        shard: ShardColumns | None,
     ) -> None:
         self.logits_NV = logits_NV
         self.targets_N1 = targets_N1
@@ -255,7 +242,6 @@ class _Rows:
         self.head: Head | None = None
         self.finite_NV: Tensor | None = None
         self.target_N1 = logits_NV.gather(1, targets_N1)
-        self.local_max_N1 = self.max_N1 = self.target_N1
 
     def read_logits(self) -> None:
         """Find what depends on the order of the logits: maximum, head, rank of the target."""
@@ -296,7 +282,7 @@ class _Rows:
         if self.finite_NV is not None:
             self.sums["finite"] = logits_NV.masked_fill(self.finite_NV == 0, 0).sum(1)
 
-    def sum_masses_(self) -> None:
+    def sum_masses_(self) -> RowSums:
         """Sums of masses and of masses times `z - max`; without the target's, so that nothing cancels."""
         probs_NV, unit_N = self.probs_NV.scatter_(1, self.targets_N1, 0), self.unit_N
         self.sums["others"] = probs_NV.sum(1) * unit_N
@@ -310,23 +296,19 @@ class _Rows:
         if self.shard is not None:
             totals_SN = self.shard.add_up(torch.stack(list(self.sums.values())))
             self.sums = dict(zip(self.sums, totals_SN.unbind(), strict=True))
-        self.target_mass_N = torch.exp(self.target_N1 - self.max_N1)[:, 0]
-        self.total_N = self.target_mass_N + self.sums["others"]
-
-    def statistics(self, draws: Draws | None) -> RowStatistics:
-        """What the closed forms ask for."""
         sums, wants_mean = self.sums, self.plan.needs.mean_log_prob
+        target_N = (self.target_N1 - self.max_N1)[:, 0]
         return RowSums(
             max=self.max_N1[:, 0],
-            target=(self.target_N1 - self.max_N1)[:, 0],
-            target_mass=self.target_mass_N,
+            target=target_N,
+            target_mass=torch.exp(target_N),
             other_mass=sums["others"],
             other_weighted=sums.get("others_dot"),
             head_mass=sums.get("head"),
             head_weighted=sums.get("head_dot"),
             finite_mean=sums["finite"] / sums["num_finite"] if wants_mean else None,
             num_finite=sums["num_finite"] if wants_mean else None,
-        ).statistics(draws)
+        )
 
     def describe_draws(self, drawn_NS: Tensor) -> Draws:
         """Draws among all columns, described before the target's probability is taken out."""
@@ -344,10 +326,12 @@ class _Rows:
         holds_target_N = (self.target_N1 >= self.head.threshold_N1)[:, 0]
         return token_metrics(row, holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"])
 
-    def write_gradient_(self, terms: RowTerms, drawn_NS: Tensor | None, scale_N: Tensor) -> None:
+    def write_gradient_(
+        self, terms: RowTerms, drawn_NS: Tensor | None, scale_N: Tensor, total_N: Tensor
+    ) -> None:
         """Replace the logits by the gradient; see `RowTerms` for its parts. The masks are used up."""
         gradient_NV, head = self.logits_NV, self.head if self.plan.needs.top_k is not None else None
-        factor_N1 = (scale_N * self.unit_N / self.total_N)[:, None]
+        factor_N1 = (scale_N * self.unit_N / total_N)[:, None]
         head_N1, tail_N1 = terms.head_scale[:, None] * factor_N1, terms.tail_scale[:, None] * factor_N1
         if head is None:
             torch.mul(self.probs_NV, head_N1, out=gradient_NV)
@@ -357,7 +341,7 @@ class _Rows:
         else:
             torch.mul(self.probs_NV, tail_N1, out=gradient_NV)
             scale_NC = head.is_member_NC * (head_N1 - tail_N1) + tail_N1
-            gradient_NV.scatter_(1, head.columns_NC, self.probs_NV.gather(1, head.columns_NC) * scale_NC)
+            gradient_NV.scatter_(1, head.columns_NC, self.candidate_probs_NC * scale_NC)
         if terms.shift is not None and self.finite_NV is not None:
             gradient_NV.sub_(self.finite_NV.mul_((terms.shift * scale_N)[:, None]))
         if terms.draw_gradients_NS is not None and drawn_NS is not None:
@@ -369,8 +353,8 @@ class _Rows:
         if head.columns_NC is None:
             product_NV = self.scratch.take("product", self.probs_NV)
             return torch.mul(self.probs_NV, head.is_member_NC, out=product_NV), self.logits_NV
-        probs_NC = self.probs_NV.gather(1, head.columns_NC) * head.is_member_NC
-        return probs_NC, head.values_NC - self.max_N1
+        self.candidate_probs_NC = self.probs_NV.gather(1, head.columns_NC)
+        return self.candidate_probs_NC * head.is_member_NC, head.values_NC - self.max_N1
 
 
 def token_metrics(

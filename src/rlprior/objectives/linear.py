@@ -240,7 +240,7 @@ def linear_shaped_cross_entropy(
         compute_dtype=compute_dtype,
         chunk_rows=_require_chunk_rows(chunk_rows),
         shard=columns,
-        kernels=None if shard else find_kernels(implementation, shaping, compute_dtype, hidden.device),
+        kernels=find_kernels(implementation, shaping, compute_dtype, hidden.device),
     )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     if implementation == "reference":

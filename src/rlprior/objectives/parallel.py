@@ -49,7 +49,9 @@ class VocabularyShard:
 
 @dataclass(frozen=True)
 class ShardColumns:
-    """Where this process's columns lie in the vocabulary; implements `closed_form.Shard`.
+    """Where this process's columns lie in the vocabulary, and what it asks of the processes that hold the others.
+
+    Every process of the group makes the same calls in the same order.
 
     Attributes:
         start: token of the first column.
