@@ -27,6 +27,14 @@ def real_data() -> Path:
     return DATA_DIRECTORY
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `rlprior train` makes of the small study's pre-training."""
+    from tests.small_study import train_small_model
+
+    return train_small_model(tmp_path_factory.mktemp("trained"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

@@ -19,7 +19,6 @@ from tests.small_study import (
     rl_tables,
     run_cli,
     study_tables,
-    train_small_model,
     train_tables,
     write_toml,
 )
@@ -29,12 +28,6 @@ from rlprior import cli
 from rlprior.cli import COMMANDS, main
 from rlprior.runs import read_jsonl
 from rlprior.training.checkpoint import checkpoint_directory
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `rlprior train` makes of the small study's pre-training."""
-    return train_small_model(tmp_path_factory.mktemp("trained"))
 
 
 def evaluate_tables() -> dict[str, Any]:

@@ -14,18 +14,11 @@ from tests.small_study import (
     rl_tables,
     run_cli,
     study_tables,
-    train_small_model,
     train_tables,
     write_toml,
 )
 
 from rlprior.cli import main
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that `rlprior train` makes of the small study's pre-training."""
-    return train_small_model(tmp_path_factory.mktemp("trained"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
+from rlprior.models.causal_lm import qwen3_config
 from rlprior.models.presets import (
     PRESETS,
     ModelConfig,
@@ -19,19 +20,8 @@ from rlprior.models.presets import (
 
 
 def build(shape: Shape, vocab_size: int, device: str, attention: str = "sdpa") -> Any:
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied_embeddings,
-        attn_implementation=attention,
-    )
     with torch.device(device):
-        return Qwen3ForCausalLM(config)
+        return Qwen3ForCausalLM(qwen3_config(shape, vocab_size, attn_implementation=attention))
 
 
 @pytest.mark.parametrize("tied", [True, False])

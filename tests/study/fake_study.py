@@ -209,7 +209,6 @@ class _World:
             "temperature": 0.7,
             "top_p": 0.95,
             "max_new_tokens": 64,
-            "baseline_accuracy": 0.03,
             "baseline_pass_at_k": [0.03 * k for k in range(1, m + 1)],
         }
 

@@ -12,25 +12,21 @@ import torch
 from torch import Tensor
 
 from rlprior.config import UsageError
-from rlprior.models.presets import ModelConfig
+from rlprior.models.presets import ModelConfig, Shape
 from rlprior.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Qwen3Config
 
 # B rows, T positions, D width
 
 
-def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed: int) -> PreTrainedModel:
-    """A freshly initialised `Qwen3ForCausalLM`; the same weights for the same seed, whatever the objective.
+def qwen3_config(shape: Shape, vocab_size: int, **options: Any) -> Qwen3Config:
+    """Hugging Face configuration of a shape; `options` are any of its other fields."""
+    from transformers import Qwen3Config
 
-    Initialisation is the class's own: normal with standard deviation `initializer_range` for every matrix, norms 1.
-    """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shape = config.shape
-    qwen3 = Qwen3Config(
-        vocab_size=len(tokenizer),
+    return Qwen3Config(
+        vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,
@@ -38,6 +34,20 @@ def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed
         num_key_value_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied_embeddings,
+        **options,
+    )
+
+
+def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed: int) -> PreTrainedModel:
+    """A freshly initialised `Qwen3ForCausalLM`; the same weights for the same seed, whatever the objective.
+
+    Initialisation is the class's own: normal with standard deviation `initializer_range` for every matrix, norms 1.
+    """
+    from transformers import Qwen3ForCausalLM
+
+    qwen3 = qwen3_config(
+        config.shape,
+        len(tokenizer),
         max_position_embeddings=max_positions,
         initializer_range=config.initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},

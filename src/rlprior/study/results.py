@@ -49,8 +49,8 @@ class TaskScores:
     Attributes:
         num_samples: samples per problem, m.
         consensus: expected majority vote, in [0, 1].
-        baseline_accuracy: accuracy of always giving the most frequent answer, in [0, 1]; None where it means nothing.
-        baseline_pass_at_k: the same for Pass@k of the k most frequent answers, k = 1 to m; empty where it means nothing.
+        baseline_pass_at_k: Pass@k of always giving the k most frequent answers, k = 1 to m, in [0, 1]; empty where it means
+            nothing.
     """
 
     problem_ids: tuple[str, ...]
@@ -63,8 +63,12 @@ class TaskScores:
     temperature: float
     top_p: float
     max_new_tokens: int
-    baseline_accuracy: float | None
     baseline_pass_at_k: tuple[float, ...]
+
+    @property
+    def baseline_accuracy(self) -> float | None:
+        """Accuracy of always giving the most frequent answer, or None where it means nothing."""
+        return next(iter(self.baseline_pass_at_k), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +245,6 @@ def _decode_task(data: Mapping[str, Any]) -> TaskScores:
     num_samples = int(data["num_samples"])
     if correct.min() < 0 or correct.max() > num_samples:
         raise ValueError(f"num_correct must lie between 0 and num_samples = {num_samples}")
-    baseline = data.get("baseline_accuracy")
     return TaskScores(
         problem_ids=ids,
         num_samples=num_samples,
@@ -249,7 +252,6 @@ def _decode_task(data: Mapping[str, Any]) -> TaskScores:
         temperature=float(data["temperature"]),
         top_p=float(data["top_p"]),
         max_new_tokens=int(data["max_new_tokens"]),
-        baseline_accuracy=None if baseline is None else float(baseline),
         baseline_pass_at_k=tuple(float(one) for one in data.get("baseline_pass_at_k") or ()),
         **columns,
     )
