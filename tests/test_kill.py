@@ -15,12 +15,14 @@ from tests.small_study import (
     command,
     environment,
     find_run,
+    last_checkpoint,
     make_runs,
     outcome,
     rl_tables,
     run_cli,
     study_config,
     study_tables,
+    train_small_model,
     train_tables,
     write_toml,
 )
@@ -29,7 +31,7 @@ from rlprior.cli import main
 from rlprior.runs import read_jsonl
 from rlprior.study.plan import PlannedRun, plan_study
 from rlprior.study.runner import execute
-from rlprior.training.checkpoint import checkpoint_directory
+from rlprior.training.checkpoint import checkpoint_directory, list_checkpoints
 
 TIMEOUT_SECONDS = 300
 
@@ -193,9 +195,16 @@ def test_a_killed_study_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["the whole group, as a terminal does", "the study alone"])
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [
+        (signal.SIGINT, "the whole group, as a terminal does"),
+        (signal.SIGINT, "the study alone"),
+        (signal.SIGTERM, "the study alone"),
+    ],
+)
 @pytest.mark.parametrize("moment", ["while processes start", "in the middle of a run"])
-def test_ctrl_c_stops_a_study_in_one_line(tmp_path: Path, whom: str, moment: str) -> None:
+def test_a_signal_stops_a_study_in_one_line(tmp_path: Path, number: int, whom: str, moment: str) -> None:
     overrides = ("pretrain.num_steps=100000", "pretrain.eval_every=0")
     path = write_toml(tmp_path / "study.toml", study_tables(*overrides))
     plan = plan_study(study_config(*overrides), tmp_path / "out")
@@ -207,13 +216,41 @@ def test_ctrl_c_stops_a_study_in_one_line(tmp_path: Path, whom: str, moment: str
         else:
             wait_until(lambda: all(num_records(run) > 5 for run in runs), process)
         if whom == "the study alone":
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         else:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, number)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == (130 if number == signal.SIGINT else 0)
     assert error.strip() == "rlprior: stopped; the same command goes on from the last checkpoint"
     wait_until(lambda: not living_processes(process.pid))
+
+
+@pytest.mark.parametrize("stage", ["train", "rl"])
+def test_a_terminated_run_saves_says_how_to_go_on_and_ends_with_0(stage: str, tmp_path: Path) -> None:
+    if stage == "train":
+        whole, stopped = train_command(tmp_path, num_steps=150)
+    else:
+        policy = train_small_model(tmp_path)
+        tables = rl_tables("rl.num_steps=40", "rl.save_every=40")
+        path = write_toml(tmp_path / "rl.toml", tables)
+        common: list[str | Path] = ["rl", path, "--init-from", last_checkpoint(policy)]
+        whole, stopped = [*common, "--out", tmp_path / "whole"], [*common, "--out", tmp_path / "killed"]
+    assert main([str(argument) for argument in whole]) == 0
+    process = start(stopped, tmp_path)
+    try:
+        wait_until(lambda: num_records(tmp_path / "killed") > 2, process)
+        process.terminate()
+        _, message = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    last = list_checkpoints(tmp_path / "killed")[-1].step
+    assert f"rlprior: stopped after step {last} of " in message
+    assert "which is saved; the same command goes on from there" in message
+    assert num_records(tmp_path / "killed") <= last
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert main([str(argument) for argument in stopped]) == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlprior.config import UsageError
+from rlprior.config import HOW, UsageError
 from rlprior.runs import code_fingerprint, identify, input_identity
 
 
@@ -17,6 +17,7 @@ class Settings:
     corpus: str = "/somewhere/corpus"
     num_steps: int = 4
     rate: float = 0.5
+    num_threads: int = field(default=1, metadata=HOW)
 
 
 CODE = ("rlprior.seeding",)
@@ -30,6 +31,7 @@ def test_the_id_is_that_of_stage_config_inputs_and_code_but_not_of_paths() -> No
 
     assert id_of() == id_of(corpus="c")
     assert id_of(num_steps=4) == id_of()
+    assert id_of(num_threads=8) == id_of(), "how fast is not what"
     moved = identify("train", Settings(corpus="/elsewhere"), code=CODE, inputs={"corpus": "c"})
     assert moved.id == id_of()
     others = {

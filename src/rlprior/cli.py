@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,6 +41,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "one language-model stage: pre-training, or mid-training with --init-from",
         [
             "rlprior train train.toml --out runs/ce",
+            "torchrun --nproc-per-node 8 -m rlprior train train.toml --out runs/ce",
             "rlprior train train.toml --out runs/sharp --training.objective='{name=\"reward_shaping\", beta=-0.25}'",
         ],
     ),
@@ -57,7 +61,9 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, 1 for a failure, 2 for a usage error, 130 when interrupted."""
+    """Entry point. Returns 0 (after SIGTERM too), 1 for a failure, 2 for a usage error, 130 when interrupted."""
+    from rlprior.runs import RunStopped
+
     try:
         known, rest = _build_parser().parse_known_args(arguments)
         overrides = _overrides(known.command, rest)
@@ -65,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(
             f"rlprior: warning: {message}", file=sys.stderr
         )
-        return _RUN[known.command](known, overrides)
+        with _termination_as_interrupt():
+            return _RUN[known.command](known, overrides)
     except UsageError as error:
         print(f"rlprior: {error}", file=sys.stderr)
         return 2
@@ -75,9 +82,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"rlprior: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except RunStopped as stop:
+        print(f"rlprior: {stop}", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt as interrupt:
         print("\nrlprior: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 0 if isinstance(interrupt, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: what a scheduler sends before it takes the machine away, and no failure."""
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does; training loops, which save first, take it themselves."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _overrides(command: str, rest: Sequence[str]) -> list[str]:
@@ -287,14 +318,20 @@ def _run_report(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_alone(plan: list[PlannedRun], known: argparse.Namespace) -> int:
-    """Make runs one after the other in this process."""
+    """Make runs one after the other, in this process or in those that torchrun started."""
+    from rlprior.study.plan import DISTRIBUTED_STAGES
     from rlprior.study.progress import show_alone
+    from rlprior.world import join_world
 
-    if _describe_plan(plan, known, num_workers=1):
-        return 0
-    for planned in plan:
-        show_alone(planned)
-    print(f"outputs: {plan[-1].directory}")
+    with join_world() as world:
+        if world.size > 1 and plan[-1].stage not in DISTRIBUTED_STAGES:
+            raise UsageError(f"'rlprior {known.command}' runs in one process; start it without torchrun")
+        if (world.is_main and _describe_plan(plan, known, num_workers=1)) or known.dry_run:
+            return 0
+        for planned in plan:
+            show_alone(planned, world)
+        if world.is_main:
+            print(f"outputs: {plan[-1].directory}")
     return 0
 
 

@@ -205,22 +205,31 @@ def _mismatch(expected: str, data: Any, source: str, where: str) -> UsageError:
     return UsageError(f"{source}: {where or 'the file'} must be {expected}, not {data!r}")
 
 
-def encode(config: Any) -> Any:
-    """Plain TOML data of a config: tuples become lists, `None` entries are left out, tagged unions carry their `name`."""
+HOW = {"how": True}
+"""Metadata of a field that says how something is computed and not what: speed, memory and rounding alone depend on it."""
+
+
+def encode(config: Any, *, with_how: bool = True) -> Any:
+    """Plain TOML data of a config: tuples become lists, `None` entries are left out, tagged unions carry their `name`.
+
+    Args:
+        config: a config dataclass, or plain data that may hold some.
+        with_how: include fields marked with `HOW`.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = dataclasses.fields(config)
         tag = None if any(field.name == "name" for field in fields) else getattr(type(config), "name", None)
         table: dict[str, Any] = {"name": tag} if tag else {}
         for field in fields:
             value = getattr(config, field.name)
-            if value is not None and field.init:
-                table[field.name] = encode(value)
+            if value is not None and field.init and (with_how or "how" not in field.metadata):
+                table[field.name] = encode(value, with_how=with_how)
         return table
     if isinstance(config, Mapping):
         entries = cast(Mapping[str, Any], config)
-        return {key: encode(value) for key, value in entries.items() if value is not None}
+        return {key: encode(value, with_how=with_how) for key, value in entries.items() if value is not None}
     if isinstance(config, list | tuple):
-        return [encode(item) for item in cast(Sequence[Any], config)]
+        return [encode(item, with_how=with_how) for item in cast(Sequence[Any], config)]
     return config
 
 

@@ -21,7 +21,9 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from typing import IO, Any
 import tomli_w
 
 from rlprior.config import RunError, UsageError, differing_keys, encode, fingerprint
+from rlprior.world import ALONE, World
 
 _AGAIN = "free some space and run the same command again, it goes on from the last checkpoint"
 _ELSEWHERE = "choose another --out"
@@ -169,8 +172,16 @@ class RunIdentity:
 def identify(
     stage: str, config: Any, *, code: Sequence[str], inputs: Mapping[str, str] | None = None
 ) -> RunIdentity:
-    """The identity of a run, from its config dataclass, the packages that compute it, and its inputs' identities."""
-    return RunIdentity(stage=stage, config=encode(config), inputs=inputs or {}, code=code_fingerprint(code))
+    """The identity of a run, from its config dataclass, the packages that compute it, and its inputs' identities.
+
+    Settings marked `HOW` take no part: a run goes on on other hardware.
+    """
+    return RunIdentity(
+        stage=stage,
+        config=encode(config, with_how=False),
+        inputs=inputs or {},
+        code=code_fingerprint(code),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +195,41 @@ class Progress:
     note: str
 
 
+class RunStopped(Exception):
+    """A run was asked to stop, and has saved what it had. Exit code 0."""
+
+    def __init__(self, step: int, num_steps: int) -> None:
+        super().__init__(step, num_steps)  # the arguments: it travels between processes
+
+    def __str__(self) -> str:
+        step, num_steps = self.args
+        return (
+            f"stopped after step {step} of {num_steps}, which is saved; the same command goes on from there"
+        )
+
+
+@contextlib.contextmanager
+def catch_termination() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come is the caller's to ask inside; outside it ends the process, as ever.
+
+    Only the main thread can catch signals: elsewhere the answer is always no.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 @dataclass
 class Run:
     """An open run directory. Use it as a context manager: it holds the directory's lock.
+
+    Of several processes the first holds the lock and writes; on the others nothing is written.
 
     Raises:
         UsageError: the directory belongs to another run, or another process is writing it.
@@ -200,9 +243,15 @@ class Run:
     _timing: IO[str] | None = field(default=None, repr=False)
     _last_progress: float = field(default=0.0, repr=False)
     _entered: float = field(default=0.0, repr=False)
+    world: World = field(default=ALONE, repr=False)
     on_progress: Callable[[Progress], None] | None = field(default=None, repr=False)
 
     def __enter__(self) -> Run:
+        self.world.on_main(self._open)
+        self._entered = time.perf_counter()
+        return self
+
+    def _open(self) -> None:
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / "lock").open("w")
@@ -211,8 +260,6 @@ class Run:
         except BaseException:
             self._close()
             raise
-        self._entered = time.perf_counter()
-        return self
 
     def _claim(self) -> None:
         assert self._lock is not None
@@ -245,6 +292,8 @@ class Run:
         )
 
     def __exit__(self, *_: object) -> None:
+        if not self.world.is_main:
+            return
         path = self.directory / "sessions.jsonl"
         with contextlib.suppress(OSError, RunError):
             _write_jsonl(path, [*read_jsonl(path), {"seconds": time.perf_counter() - self._entered}])
@@ -266,10 +315,13 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`: from now on the run is complete."""
-        write_json(self.directory / "result.json", dict(result))
+        self.world.on_main(lambda: write_json(self.directory / "result.json", dict(result)))
 
     def resume_metrics(self, last_step: int) -> None:
         """Open the metrics for appending, after dropping records later than `last_step` (the step that is resumed from)."""
+        self.world.on_main(lambda: self._open_metrics(last_step))
+
+    def _open_metrics(self, last_step: int) -> None:
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self.directory / name
             _write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= last_step])
@@ -278,6 +330,8 @@ class Run:
 
     def log(self, record: Mapping[str, Any], *, timing: Mapping[str, float] | None = None) -> None:
         """Append one record, which has a `step`, to the metrics, and its wall-clock figures to the timing."""
+        if not self.world.is_main:
+            return
         if self._metrics is None or self._timing is None:
             raise RuntimeError("resume_metrics() opens the metrics first")
         with disk_errors(self.directory / "metrics.jsonl"):
@@ -290,6 +344,8 @@ class Run:
     def progress(self, done: int, total: int, *, unit: str, rate: float = 0.0, note: str = "") -> None:
         """Say how far the run is; at most twice a second reaches the disk. `rate` is in units a second."""
         now = time.monotonic()
+        if not self.world.is_main:
+            return
         if now - self._last_progress < 0.5 and done < total:
             return
         self._last_progress = now

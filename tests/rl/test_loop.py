@@ -37,7 +37,7 @@ from rlprior.study.runner import execute
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.training import checkpoint as checkpoint_module
-from rlprior.training.checkpoint import checkpoint_directory, tokens_seen
+from rlprior.training.checkpoint import CheckpointSaver, checkpoint_directory, tokens_seen
 
 CONFIG = study_config()
 
@@ -239,7 +239,7 @@ CRASHES = {
     "between rollout and update": (loop, "policy_update", 4, False),
     "between weights and optimizer state": (checkpoint_module, "save_file", 2, False),
     "after the rename, before pruning": (checkpoint_module, "_prune", 2, False),
-    "after the last checkpoint": (loop, "save_checkpoint", 3, True),
+    "after the last checkpoint": (CheckpointSaver, "save", 3, True),
 }
 
 

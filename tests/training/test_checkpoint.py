@@ -21,13 +21,13 @@ from rlprior.models.presets import ModelConfig
 from rlprior.training import checkpoint as checkpoint_module
 from rlprior.training.checkpoint import (
     Checkpoint,
+    CheckpointSaver,
     checkpoint_directory,
     find_damage,
     last_good_checkpoint,
     list_checkpoints,
     remove_leftovers,
     restore_optimizer,
-    save_checkpoint,
 )
 from rlprior.training.update import OptimizerConfig, Updater
 
@@ -85,15 +85,14 @@ class Training:
         while self.step < step:
             self.step += 1
             update(self.updater, self.step)
-        return save_checkpoint(
+        saver = CheckpointSaver(
             self.run_directory,
-            step=step,
             model=self.updater.model,
             tokenizer_directory=self.tokenizer_directory,
             optimizer=self.updater.optimizer,
-            state={"tokens": 1000 * step, "num_skipped": 0},
             is_milestone=lambda number: number in self.milestones,
         )
+        return saver.save(step, {"tokens": 1000 * step, "num_skipped": 0})
 
 
 @pytest.fixture

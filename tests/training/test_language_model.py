@@ -23,6 +23,7 @@ from rlprior.runs import read_jsonl
 from rlprior.study.plan import PlannedRun
 from rlprior.training import language_model
 from rlprior.training.checkpoint import checkpoint_directory, tokens_seen
+from rlprior.training.engine import LanguageModelLoss
 from rlprior.training.language_model import LanguageModelConfig, TrainingConfig, train_step
 
 CONFIG = study_config()
@@ -90,7 +91,9 @@ def take_step(
         micro_batch_tokens=micro_batch_tokens,
     )
     updater: Any = recorder
-    measured = train_step(model, updater, batch, training, rate=0.0, step=step, seed=0, with_metrics=True)
+    measured = train_step(
+        LanguageModelLoss(model), updater, batch, training, rate=0.0, step=step, seed=0, with_metrics=True
+    )
     return measured, recorder.gradients
 
 
@@ -174,7 +177,16 @@ def test_a_step_without_metrics_takes_the_same_gradient(corpus: Corpus) -> None:
     training = TrainingConfig(mixture={"sums": 1}, num_steps=1, batch_tokens=384, sequence_length=64)
     results = []
     for with_metrics in (True, False):
-        train_step(model, recorder, batch, training, rate=0.0, step=1, seed=0, with_metrics=with_metrics)
+        train_step(
+            LanguageModelLoss(model),
+            recorder,
+            batch,
+            training,
+            rate=0.0,
+            step=1,
+            seed=0,
+            with_metrics=with_metrics,
+        )
         results.append(recorder.gradients)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)

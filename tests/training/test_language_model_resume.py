@@ -17,7 +17,7 @@ from rlprior.objectives import Objective, RewardShaping, SampledReward
 from rlprior.runs import read_jsonl
 from rlprior.training import checkpoint as checkpoint_module
 from rlprior.training import language_model
-from rlprior.training.checkpoint import checkpoint_directory
+from rlprior.training.checkpoint import CheckpointSaver, checkpoint_directory
 from rlprior.training.language_model import LanguageModelConfig
 from rlprior.training.update import Updater
 
@@ -43,7 +43,7 @@ CRASHES = {
     "between weights and optimizer state": (checkpoint_module, "save_file", 2, False),
     "after the files, before the rename": (checkpoint_module, "sync_directory", 2, False),
     "after the rename, before pruning": (checkpoint_module, "_prune", 2, False),
-    "after the last checkpoint": (language_model, "save_checkpoint", 4, True),
+    "after the last checkpoint": (CheckpointSaver, "save", 4, True),
 }
 
 
@@ -115,8 +115,8 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_wherever_it_was_in
     monkeypatch.setattr(Updater, "apply", spoil)
     config = stage(corpus, save_every=1)
     with monkeypatch.context() as patch:
-        save = crash_on_call(4, True, language_model.save_checkpoint)
-        patch.setattr(language_model, "save_checkpoint", save)
+        save = crash_on_call(4, True, CheckpointSaver.save)
+        patch.setattr(CheckpointSaver, "save", save)
         with pytest.raises(Killed):
             make_run("pretrain", config, tmp_path / "run")
     with pytest.raises(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -171,7 +171,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows of consecutive tokens; every tensor is int64 on the CPU.
+    """Rows of consecutive tokens; every tensor is int64, on the CPU unless moved.
 
     Attributes:
         input_ids: [B, T].
@@ -186,6 +186,17 @@ class PackedBatch:
     position_ids: Tensor
     document_ids: Tensor
     source_ids: Tensor
+
+    def rows(self, rows: slice) -> PackedBatch:
+        """Some of the rows."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return PackedBatch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
 def attention_mask(document_ids: Tensor) -> Tensor:

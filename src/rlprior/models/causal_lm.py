@@ -135,10 +135,16 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_model(model: PreTrainedModel, directory: Path, *, tokenizer_directory: Path) -> None:
-    """Write weights (safetensors), config and tokenizer as one Hugging Face folder."""
+def save_model(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    tokenizer_directory: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights (safetensors), config and tokenizer as one Hugging Face folder; `weights` where the model's own are sharded."""
     with _without_bars():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
     for file in sorted(tokenizer_directory.glob("*")):
         if file.name.startswith(("tokenizer", "special_tokens")):
             shutil.copyfile(file, directory / file.name)

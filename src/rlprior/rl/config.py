@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlprior.config import HOW
 from rlprior.tasks.config import TaskConfig
 from rlprior.training.update import OptimizerConfig
 
@@ -65,7 +66,7 @@ class RLConfig:
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.0))
-    micro_batch_rows: int = 64
+    micro_batch_rows: int = field(default=64, metadata=HOW)
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 50

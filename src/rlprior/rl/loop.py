@@ -19,13 +19,13 @@ from rlprior.objectives import CrossEntropy, linear_shaped_cross_entropy
 from rlprior.rl.config import RLConfig
 from rlprior.rl.grpo import clipped_policy_loss, group_advantages
 from rlprior.rl.rollout import Group, PromptStream, collect_rollout, rewards_of, rollout_metrics
-from rlprior.runs import Run
+from rlprior.runs import Run, RunStopped, catch_termination
 from rlprior.tasks.config import load_task
 from rlprior.training.checkpoint import (
+    CheckpointSaver,
     last_good_checkpoint,
     remove_leftovers,
     restore_optimizer,
-    save_checkpoint,
     tokens_seen,
 )
 from rlprior.training.schedule import ScheduleConfig, learning_rate
@@ -64,7 +64,11 @@ class RLRunConfig:
 
 
 def run(config: RLRunConfig, run: Run) -> Path:
-    """Train, from the newest good checkpoint if there is one. Returns the folder of the last checkpoint."""
+    """Train, from the newest good checkpoint if there is one. Returns the folder of the last checkpoint.
+
+    Raises:
+        RunStopped: SIGTERM came; the step in progress has been finished and saved.
+    """
     if run.result is not None:
         return run.directory / run.result["checkpoint"]
     rl, start = config.rl, Path(config.init_from)
@@ -75,6 +79,13 @@ def run(config: RLRunConfig, run: Run) -> Path:
     tokenizer = load_tokenizer(start)
     prompts = PromptStream(_training_problems(config), tokenizer, config.seed)
     updater = Updater(model, rl.optimizer)
+    saver = CheckpointSaver(
+        run.directory,
+        model=model,
+        tokenizer_directory=start,
+        optimizer=updater.optimizer,
+        is_milestone=rl.is_milestone,
+    )
     state: dict[str, Any] = {"cursor": 0, "tokens": tokens_seen(start), "num_empty": 0, **updater.counters}
     first_step = 1
     if checkpoint:
@@ -86,45 +97,41 @@ def run(config: RLRunConfig, run: Run) -> Path:
         peak_learning_rate=rl.learning_rate, final_learning_rate=0.0, warmup_steps=rl.warmup_steps
     )
     last = checkpoint.directory if checkpoint else start
-    for step in range(first_step, rl.num_steps + 1):
-        clock = time.perf_counter()
-        rollout = collect_rollout(
-            model, tokenizer, prompts, rl, step=step, cursor=state["cursor"], seed=config.seed
-        )
-        rollout_seconds = time.perf_counter() - clock
-        rate = learning_rate(schedule, step, rl.num_steps)
-        measured = (
-            policy_update(model, updater, rollout.kept, rl, rate=rate, step=step) if rollout.kept else {}
-        )
-        state["cursor"] = rollout.cursor
-        state.update(updater.counters)
-        state["num_empty"] += not rollout.kept
-        seconds = time.perf_counter() - clock
-        metrics = rollout_metrics(rollout)
-        if step % rl.log_every == 0 or step == rl.num_steps:
-            record = {
-                "step": step,
-                **metrics,
-                **measured,
-                "learning_rate": rate,
-                "num_empty_steps": state["num_empty"],
-                "num_skipped": updater.num_skipped,
-            }
-            sampled = sum(len(r.token_ids) for group in rollout.drawn for r in group.responses)
-            timing = {"rollout_tokens_per_second": sampled / rollout_seconds, "step_seconds": seconds}
-            run.log(record, timing=timing)
-        note = f"reward {metrics['reward_mean']:.2f}, {metrics['response_tokens_mean']:.0f} tokens a response"
-        run.progress(step, rl.num_steps, unit="steps", rate=1 / seconds, note=note)
-        if step % rl.save_every == 0 or rl.is_milestone(step):
-            last = save_checkpoint(
-                run.directory,
-                step=step,
-                model=model,
-                tokenizer_directory=start,
-                optimizer=updater.optimizer,
-                state=state,
-                is_milestone=rl.is_milestone,
+    with catch_termination() as is_asked_to_stop:
+        for step in range(first_step, rl.num_steps + 1):
+            clock = time.perf_counter()
+            rollout = collect_rollout(
+                model, tokenizer, prompts, rl, step=step, cursor=state["cursor"], seed=config.seed
             )
+            rollout_seconds = time.perf_counter() - clock
+            rate = learning_rate(schedule, step, rl.num_steps)
+            measured = (
+                policy_update(model, updater, rollout.kept, rl, rate=rate, step=step) if rollout.kept else {}
+            )
+            state["cursor"] = rollout.cursor
+            state.update(updater.counters)
+            state["num_empty"] += not rollout.kept
+            seconds = time.perf_counter() - clock
+            metrics = rollout_metrics(rollout)
+            if step % rl.log_every == 0 or step == rl.num_steps:
+                record = {
+                    "step": step,
+                    **metrics,
+                    **measured,
+                    "learning_rate": rate,
+                    "num_empty_steps": state["num_empty"],
+                    "num_skipped": updater.num_skipped,
+                }
+                sampled = sum(len(r.token_ids) for group in rollout.drawn for r in group.responses)
+                timing = {"rollout_tokens_per_second": sampled / rollout_seconds, "step_seconds": seconds}
+                run.log(record, timing=timing)
+            note = f"reward {metrics['reward_mean']:.2f}, {metrics['response_tokens_mean']:.0f} tokens a response"
+            run.progress(step, rl.num_steps, unit="steps", rate=1 / seconds, note=note)
+            is_stopped = is_asked_to_stop() and step < rl.num_steps
+            if step % rl.save_every == 0 or rl.is_milestone(step) or is_stopped:
+                last = saver.save(step, state)
+            if is_stopped:
+                raise RunStopped(step, rl.num_steps)
     run.finish({"checkpoint": str(last.relative_to(run.directory)), **state})
     return last
 

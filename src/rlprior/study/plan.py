@@ -29,6 +29,9 @@ STAGES: dict[str, Any] = {
 }
 """Stage -> module with `run(config, run)` and `CODE`, the modules that compute it."""
 
+DISTRIBUTED_STAGES = {"pretrain", "midtrain"}
+"""Stages that share their work among the processes of a world; the others are made by the first process alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:

@@ -14,6 +14,7 @@ from rlprior.runs import Progress, read_progress
 from rlprior.study.estimate import format_seconds
 from rlprior.study.plan import PlannedRun
 from rlprior.study.runner import execute
+from rlprior.world import World
 
 LOG_EVERY_SECONDS = 60
 
@@ -105,10 +106,11 @@ class StudyDisplay:
             self.console.print(f"\\[{format_seconds(elapsed)}] " + "; ".join([*lines, left]), highlight=False)
 
 
-def show_alone(run: PlannedRun) -> None:
-    """Make one run in this process, with a bar or a line every minute."""
-    console = Console()
+def show_alone(run: PlannedRun, world: World) -> None:
+    """Make one run in the world's processes, the first of which shows a bar or a line every minute."""
+    console = Console(quiet=not world.is_main)
     if run.is_done:
+        execute(run, world=world)
         console.print(f"{run.label}: done already", highlight=False)
         return
     with _bars(console) as bars:
@@ -122,5 +124,5 @@ def show_alone(run: PlannedRun) -> None:
                 last_line = time.monotonic()
                 console.print(f"{run.label}: {describe(progress)}", highlight=False)
 
-        execute(run, show)
+        execute(run, show, world)
     console.print(f"{run.label}: done", highlight=False)

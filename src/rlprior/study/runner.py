@@ -18,13 +18,28 @@ from typing import Any
 from rlprior.config import RunError, UsageError, encode
 from rlprior.runs import Progress, Run, hardware, provenance, session_seconds, write_json
 from rlprior.study.config import StudyConfig
-from rlprior.study.plan import STAGES, PlannedRun, describe_model
+from rlprior.study.plan import DISTRIBUTED_STAGES, STAGES, PlannedRun, describe_model
+from rlprior.world import ALONE, World
 
 
-def execute(planned: PlannedRun, on_progress: Callable[[Progress], None] | None = None) -> Path:
-    """Make one run in this process, or go on with it; does nothing where it is done. Returns its directory."""
-    if not planned.is_done:
-        with Run(planned.directory, planned.identity, planned.config, on_progress=on_progress) as run:
+def execute(
+    planned: PlannedRun,
+    on_progress: Callable[[Progress], None] | None = None,
+    world: World = ALONE,
+) -> Path:
+    """Make one run in this process and the others of the world, or go on with it; does nothing where it is done.
+
+    Returns its directory.
+    """
+    if planned.stage not in DISTRIBUTED_STAGES:
+        # by the file and not in a collective call, which gives up after some minutes
+        while not (world.is_main or planned.is_done):
+            time.sleep(0.5)
+        world = ALONE
+    if not world.on_main(lambda: planned.is_done):
+        with Run(
+            planned.directory, planned.identity, planned.config, world=world, on_progress=on_progress
+        ) as run:
             STAGES[planned.stage].run(planned.config, run)
     return planned.directory
 

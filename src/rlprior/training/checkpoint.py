@@ -2,7 +2,8 @@
 
     checkpoints/step-00000400/
       config.json, model.safetensors, tokenizer.json, ...   what AutoModelForCausalLM and AutoTokenizer load
-      optimizer.safetensors                                 moments; only in the newest checkpoints
+      optimizer.safetensors                                 moments, whole; only in the newest checkpoints; several
+                                                            files of 5 GB where they are larger
       checkpoint.json                                       step, counters, SHA-256 of every other file, fingerprint of its own
 
 Nothing else is state: every random stream is a function of (seed, name, step), and the data cursor is a count.
@@ -10,24 +11,30 @@ Nothing else is state: every random stream is a function of (seed, name, step), 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlprior.config import RunError, fingerprint
 from rlprior.models.causal_lm import save_model
 from rlprior.runs import disk_errors, file_hash, sync_directory
+from rlprior.world import ALONE, World
 
 PREFIX = "step-"
-OPTIMIZER_FILE = "optimizer.safetensors"
+MAX_FILE_BYTES = 5 * 10**9
 MANIFEST_FILE = "checkpoint.json"
 NUM_RESUMABLE = 2
 
@@ -46,78 +53,248 @@ def checkpoint_directory(run_directory: Path, step: int) -> Path:
     return run_directory / "checkpoints" / f"{PREFIX}{step:08d}"
 
 
-def save_checkpoint(
-    run_directory: Path,
-    *,
-    step: int,
-    model: Any,
-    tokenizer_directory: Path,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    is_milestone: Callable[[int], bool],
-) -> Path:
-    """Write step `step`'s checkpoint and remove what it makes superfluous.
+class CheckpointSaver:
+    """Writes the checkpoints of one run, each whole or not at all, and removes those that newer ones make superfluous.
 
-    Args:
-        run_directory: the run's folder.
-        step: number of updates done.
-        model: Hugging Face model.
-        tokenizer_directory: folder whose tokenizer files are copied in.
-        optimizer: AdamW over the model's parameters.
-        state: counters to resume from (plain data).
-        is_milestone: step -> bool; checkpoints for which it is false go once two newer ones exist.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        RunError: the disk is full. The checkpoints before stay whole.
+    The files are the same for any number of processes: tensors are gathered whole, the first process writes the weights, and the
+    optimizer's files are shared out among all of them. Every process calls every method.
     """
-    final = checkpoint_directory(run_directory, step)
-    aside = final.with_name(f".{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with disk_errors(final):
+
+    def __init__(
+        self,
+        run_directory: Path,
+        *,
+        model: Any,
+        tokenizer_directory: Path,
+        optimizer: torch.optim.Optimizer,
+        is_milestone: Callable[[int], bool],
+        world: World = ALONE,
+        in_background: bool = False,
+    ) -> None:
+        """Prepare for saving; nothing is written yet.
+
+        Args:
+            run_directory: the run's folder, which all processes see.
+            model: Hugging Face model, its parameters whole or sharded by FSDP2.
+            tokenizer_directory: folder whose tokenizer files are copied in.
+            optimizer: AdamW over the model's parameters.
+            is_milestone: step -> bool; checkpoints for which it is false go once two newer ones exist.
+            world: the processes.
+            in_background: `save` returns when the state is copied, and a thread writes it.
+        """
+        self.run_directory = run_directory
+        self.model, self.optimizer = model, optimizer
+        self.tokenizer_directory = tokenizer_directory
+        self.is_milestone = is_milestone
+        self.world = world
+        self.in_background = in_background
+        self._pending: _PendingCheckpoint | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of step `step`, after the one before is finished.
+
+        Args:
+            step: number of updates done.
+            state: counters to resume from (plain data).
+
+        Returns:
+            The checkpoint's folder; written in the background, it exists from `finish()` on.
+
+        Raises:
+            RunError: the disk is full. The checkpoints before stay whole.
+        """
+        self.finish()
+        final = checkpoint_directory(self.run_directory, step)
+        aside = _aside(final)
+        self.world.on_main(lambda: _make_folder(aside, final))
+        weights = _whole_weights(self.model, self.world, copy=self.in_background)
+        moments = _optimizer_files(self.model, self.optimizer, self.world, copy=self.in_background)
+        self._pending = _PendingCheckpoint(final, step, dict(state))
+        write = partial(self._write, aside, weights, moments)
+        if self.in_background:
+            self._pending.thread = threading.Thread(target=self._pending.run, args=(write,))
+            self._pending.thread.start()
+        else:
+            self._pending.run(write)
+            self.finish()
+        return final
+
+    def finish(self) -> None:
+        """Wait for the files of all processes, and put the checkpoint in sight; nothing where none is being written.
+
+        Raises:
+            RunError: the disk of one of them was full. Nothing is left behind.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        if pending.thread is not None:
+            pending.thread.join()
+        outcomes = self.world.gather((pending.hashes, pending.error))
+        self.world.on_main(lambda: _publish(pending, outcomes))
+        self.world.on_main(lambda: _prune(self.run_directory, pending.step, self.is_milestone))
+
+    def _write(
+        self,
+        aside: Path,
+        weights: dict[str, torch.Tensor] | None,
+        moments: dict[str, dict[str, torch.Tensor]],
+    ) -> dict[str, str]:
+        """Write this process's files; their hashes by name."""
+        written = [aside / name for name in moments]
+        for file in written:
+            save_file(moments[file.name], file)
+        if weights is not None:
+            save_model(self.model, aside, tokenizer_directory=self.tokenizer_directory, weights=weights)
+            written += [file for file in sorted(aside.iterdir()) if not _is_optimizer_file(file.name)]
+        for file in written:
+            _flush(file)
+        return {file.name: file_hash(file) for file in written}
+
+
+@dataclass
+class _PendingCheckpoint:
+    """A checkpoint whose files are being written aside, and what came of this process's."""
+
+    directory: Path
+    step: int
+    state: dict[str, Any]
+    hashes: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
+    thread: threading.Thread | None = None
+
+    def run(self, write: Callable[[], dict[str, str]]) -> None:
         try:
-            aside.mkdir(parents=True)
-            save_model(model, aside, tokenizer_directory=tokenizer_directory)
-            save_file(_optimizer_tensors(model, optimizer), aside / OPTIMIZER_FILE)
-            hashes = {file.name: file_hash(file) for file in sorted(aside.iterdir())}
-            manifest: dict[str, Any] = {"step": step, "state": dict(state), "sha256": hashes}
-            manifest["fingerprint"] = fingerprint(manifest)
-            (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-            for file in aside.iterdir():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+            self.hashes = write()
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            # safetensors reports a full disk as its own error type, with the system's text inside
-            if "No space left on device" in str(error) and not isinstance(error, OSError):
-                raise RunError(
-                    f"{final}: the disk is full; free some space and run the same command again"
-                ) from None
-            raise
+            self.error = error
+
+
+def _publish(pending: _PendingCheckpoint, outcomes: list[tuple[dict[str, str], Exception | None]]) -> None:
+    """Write the manifest over the files of all processes, and rename the folder."""
+    final = pending.directory
+    aside = _aside(final)
+    with _disk_errors(final):
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        hashes = {name: digest for part, _ in outcomes for name, digest in part.items()}
+        manifest: dict[str, Any] = {
+            "step": pending.step,
+            "state": pending.state,
+            "sha256": dict(sorted(hashes.items())),
+        }
+        manifest["fingerprint"] = fingerprint(manifest)
+        (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        _flush(aside / MANIFEST_FILE)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         sync_directory(final.parent)
-    _prune(run_directory, step, is_milestone)
-    return final
 
 
-def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().contiguous()
-    return tensors
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}")
+
+
+def _make_folder(aside: Path, final: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    with disk_errors(final):
+        aside.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(final: Path) -> Iterator[None]:
+    """As `disk_errors`, for safetensors too, which has an error type of its own; what was written aside goes."""
+    try:
+        with disk_errors(final):
+            yield
+    except Exception as error:
+        shutil.rmtree(_aside(final), ignore_errors=True)
+        if "No space left on device" in str(error):
+            raise RunError(
+                f"{final}: the disk is full; free some space and run the same command again"
+            ) from None
+        raise
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _whole(tensor: torch.Tensor, *, is_kept: bool, copy: bool) -> torch.Tensor | None:
+    """The whole tensor in CPU memory where it `is_kept`; every process calls this, as sharded ones are gathered."""
+    if isinstance(tensor, DTensor):
+        tensor, copy = tensor.full_tensor(), False
+    return tensor.detach().to("cpu", copy=copy).contiguous() if is_kept else None
+
+
+def _whole_weights(model: Any, world: World, *, copy: bool) -> dict[str, torch.Tensor] | None:
+    """Every parameter, once where it is tied, and every persistent buffer; None on all processes but the first."""
+    persistent = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        kept = _whole(tensor, is_kept=world.is_main, copy=copy)
+        if kept is not None:
+            whole[name] = kept
+    return whole if world.is_main else None
+
+
+def _optimizer_files(
+    model: Any, optimizer: torch.optim.Optimizer, world: World, *, copy: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The files that this process has to write, by name: the moments of all parameters, in files of at most MAX_FILE_BYTES."""
+    entries = [
+        (f"{key}/{name}", value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    ]
+    groups: list[list[tuple[str, torch.Tensor]]] = [[]]
+    size = 0
+    for name, value in entries:
+        num_bytes = value.numel() * value.element_size()
+        if groups[-1] and size + num_bytes > MAX_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, value))
+        size += num_bytes
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for number, group in enumerate(groups):
+        is_kept = number % world.size == world.rank
+        whole = {name: _whole(value, is_kept=is_kept, copy=copy) for name, value in group}
+        if is_kept:
+            place = f"-{number + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            files[f"optimizer{place}.safetensors"] = {
+                key: value for key, value in whole.items() if value is not None
+            }
+    return files
+
+
+def _is_optimizer_file(name: str) -> bool:
+    return name.startswith("optimizer") and name.endswith(".safetensors")
+
+
+def _find_optimizer_files(directory: Path) -> list[Path]:
+    return [file for file in sorted(directory.iterdir()) if _is_optimizer_file(file.name)]
 
 
 def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved moments back, by parameter name."""
-    tensors = load_file(directory / OPTIMIZER_FILE)
+    """Put the saved moments back, by parameter name, each process its part."""
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        kind, name = key.split("/", 1)
-        optimizer.state[parameters[name]][kind] = value
+    for file in _find_optimizer_files(directory):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dictionary
+                kind, name = key.split("/", 1)
+                value, parameter = opened.get_tensor(key), parameters[name]
+                if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                    # all processes read the same file: nothing has to be sent
+                    value = distribute_tensor(
+                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )
+                elif value.ndim:
+                    value = value.to(parameter.device)
+                optimizer.state[parameter][kind] = value
 
 
 def list_checkpoints(run_directory: Path) -> list[Checkpoint]:
@@ -140,7 +317,8 @@ def last_good_checkpoint(run_directory: Path) -> Checkpoint | None:
             warnings.warn(f"{directory}: {damage}; going back to the checkpoint before", stacklevel=2)
             continue
         manifest = json.loads((directory / MANIFEST_FILE).read_text())
-        if OPTIMIZER_FILE in manifest["sha256"] and (directory / OPTIMIZER_FILE).exists():
+        optimizer = [name for name in manifest["sha256"] if _is_optimizer_file(name)]
+        if optimizer and all((directory / name).exists() for name in optimizer):
             return Checkpoint(directory, manifest["step"], manifest["state"])
     return None
 
@@ -170,7 +348,7 @@ def find_damage(directory: Path) -> str | None:
     for name, expected in hashes.items():
         file = directory / name
         if not file.exists():
-            if name == OPTIMIZER_FILE:
+            if _is_optimizer_file(name):
                 continue
             return f"{name} is missing"
         if file_hash(file) != expected:
@@ -188,7 +366,8 @@ def _prune(run_directory: Path, step: int, is_milestone: Callable[[int], bool]) 
     for number in reached[:-NUM_RESUMABLE]:
         directory = by_step[number]
         if is_milestone(number):
-            (directory / OPTIMIZER_FILE).unlink(missing_ok=True)
+            for file in _find_optimizer_files(directory):
+                file.unlink()
         else:
             # out of sight first: a kill in the middle of the removal must not leave a checkpoint with holes
             doomed = directory.with_name(f".old-{directory.name}")

@@ -7,36 +7,32 @@ from the config, and `configs/` holds them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlprior.config import UsageError
-from rlprior.data.packing import IGNORE_INDEX, Corpus, PackedBatch, PackedMixture, attention_mask
-from rlprior.models.causal_lm import (
-    build_model,
-    head_weight,
-    load_model,
-    load_tokenizer,
-    packed_hidden_states,
-)
+from rlprior.config import HOW, UsageError
+from rlprior.data.packing import IGNORE_INDEX, Corpus, PackedBatch, PackedMixture
+from rlprior.models.causal_lm import build_model, load_model, load_tokenizer
 from rlprior.models.presets import ModelConfig
-from rlprior.objectives import CrossEntropy, Objective, SampledReward, linear_shaped_cross_entropy
-from rlprior.runs import Run
+from rlprior.objectives import CrossEntropy, Objective, SampledReward
+from rlprior.runs import Run, RunStopped, catch_termination
 from rlprior.seeding import stream_seed, torch_generator
 from rlprior.training.checkpoint import (
+    Checkpoint,
+    CheckpointSaver,
     last_good_checkpoint,
     remove_leftovers,
     restore_optimizer,
-    save_checkpoint,
     tokens_seen,
 )
+from rlprior.training.engine import EngineConfig, LanguageModelLoss, Precision, prepare_model
 from rlprior.training.schedule import ScheduleConfig, learning_rate
 from rlprior.training.update import OptimizerConfig, Updater
+from rlprior.world import ALONE, World
 
 CODE = ("rlprior.training", "rlprior.objectives", "rlprior.models", "rlprior.data.packing", "rlprior.seeding")
 
@@ -52,7 +48,11 @@ class TrainingConfig:
         sequence_length: positions of a row (4096 in the paper's pre-training, 16384 in mid-training).
         objective: the next-token objective; `{name = "cross_entropy"}` and so on.
         rope_theta: new base of the rotary embedding (1e6 in mid-training); left out, the model keeps its own.
-        micro_batch_tokens: tokens of one forward pass; left out, the whole batch. Changes memory and rounding only.
+        precision: dtype of the matrix products. Weights, moments and the sums of gradients stay float32. 'auto' is bfloat16 on GPUs
+            and float32 on CPUs.
+        micro_batch_tokens: tokens of one forward pass of a process; left out, all that it has. As with `engine`, speed, memory
+            and rounding alone depend on it: an unfinished run may go on with another.
+        engine: sharding, recomputation, compilation.
         schedule, optimizer: learning rate and AdamW.
         log_every: steps between metrics; those of the steps between are not kept.
         eval_every: steps between checkpoints that are kept and evaluated; 0 keeps the last one alone.
@@ -65,7 +65,9 @@ class TrainingConfig:
     sequence_length: int = 4096
     objective: Objective = field(default_factory=CrossEntropy)
     rope_theta: float | None = None
-    micro_batch_tokens: int | None = None
+    precision: Precision = "auto"
+    micro_batch_tokens: int | None = field(default=None, metadata=HOW)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=HOW)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_every: int = 10
@@ -119,19 +121,33 @@ class LanguageModelConfig:
 
 
 def run(config: LanguageModelConfig, run: Run) -> Path:
-    """Train, from the newest good checkpoint if there is one. Returns the folder of the last checkpoint."""
+    """Train, from the newest good checkpoint if there is one. Returns the folder of the last checkpoint.
+
+    Raises:
+        RunStopped: SIGTERM came; the step in progress has been finished and saved.
+    """
     if run.result is not None:
         return run.directory / run.result["checkpoint"]
-    training = config.training
+    training, world = config.training, run.world
     corpus = Corpus.open(Path(config.corpus))
     stream = "pretrain" if config.init_from is None else "midtrain"
     mixture = PackedMixture(
         corpus, training.mixture, training.sequence_length, stream_seed(config.seed, stream, "data")
     )
-    remove_leftovers(run.directory)
-    checkpoint = last_good_checkpoint(run.directory)
+    rows = _rows_of_rank(training, world)
+    checkpoint = world.on_main(lambda: _find_checkpoint(run.directory))
     model = _start_model(config, corpus, checkpoint.directory if checkpoint else None)
-    updater = Updater(model, training.optimizer)
+    module = prepare_model(model, training.engine, training.precision, world)
+    updater = Updater(module, training.optimizer)
+    saver = CheckpointSaver(
+        run.directory,
+        model=model,
+        tokenizer_directory=corpus.tokenizer_directory,
+        optimizer=updater.optimizer,
+        is_milestone=training.is_milestone,
+        world=world,
+        in_background=training.engine.writes_in_background(world.device_type),
+    )
     first_step = 1
     tokens_before = tokens_seen(Path(config.init_from)) if config.init_from else 0
     if checkpoint:
@@ -141,45 +157,75 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     run.resume_metrics(first_step - 1)
     rows_per_step = training.batch_tokens // training.sequence_length
     last = checkpoint.directory if checkpoint else run.directory
-    clock, steps_timed = time.perf_counter(), 0
-    for step in range(first_step, training.num_steps + 1):
-        batch = mixture.batch((step - 1) * rows_per_step, rows_per_step)
-        is_logged = step % training.log_every == 0 or step == training.num_steps
-        rate = learning_rate(training.schedule, step, training.num_steps)
-        measured = train_step(
-            model, updater, batch, training, rate=rate, step=step, seed=config.seed, with_metrics=is_logged
-        )
-        tokens = tokens_before + step * training.batch_tokens
-        steps_timed += 1
-        if is_logged:
-            elapsed = time.perf_counter() - clock
-            speed = steps_timed * training.batch_tokens / elapsed
-            clock, steps_timed = time.perf_counter(), 0
-            record = {
-                "step": step,
-                "tokens": tokens,
-                **measured,
-                "learning_rate": rate,
-                "num_skipped": updater.num_skipped,
-            }
-            run.log(record, timing={"tokens_per_second": speed})
-            note = f"loss {measured['cross_entropy_nats']:.3f}, {speed:,.0f} tokens/s"
-            run.progress(
-                step, training.num_steps, unit="steps", rate=speed / training.batch_tokens, note=note
-            )
-        if step % training.save_every == 0 or training.is_milestone(step):
-            state = {"tokens": tokens, **updater.counters}
-            last = save_checkpoint(
-                run.directory,
+    log = _Log(run, training)
+    with catch_termination() as is_asked_to_stop:
+        for step in range(first_step, training.num_steps + 1):
+            rate = learning_rate(training.schedule, step, training.num_steps)
+            measured = train_step(
+                module,
+                updater,
+                mixture.batch((step - 1) * rows_per_step + rows.start, len(rows)),
+                training,
+                rate=rate,
                 step=step,
-                model=model,
-                tokenizer_directory=corpus.tokenizer_directory,
-                optimizer=updater.optimizer,
-                state=state,
-                is_milestone=training.is_milestone,
+                seed=config.seed,
+                with_metrics=log.is_due(step),
+                world=world,
             )
+            tokens = tokens_before + step * training.batch_tokens
+            counted = {"learning_rate": rate, "num_skipped": updater.num_skipped}
+            log.write(step, {"tokens": tokens, **measured, **counted})
+            is_stopped = world.any(is_asked_to_stop()) and step < training.num_steps
+            if step % training.save_every == 0 or training.is_milestone(step) or is_stopped:
+                last = saver.save(step, {"tokens": tokens, **updater.counters})
+            if is_stopped:
+                saver.finish()
+                raise RunStopped(step, training.num_steps)
+    saver.finish()
     run.finish({"checkpoint": str(last.relative_to(run.directory)), "num_skipped": updater.num_skipped})
     return last
+
+
+class _Log:
+    """Metrics of every `log_every`-th step and of the last, with the speed since the one before."""
+
+    def __init__(self, run: Run, training: TrainingConfig) -> None:
+        self.run, self.training = run, training
+        self.clock, self.num_steps = time.perf_counter(), 0
+
+    def is_due(self, step: int) -> bool:
+        return step % self.training.log_every == 0 or step == self.training.num_steps
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        self.num_steps += 1
+        if not self.is_due(step):
+            return
+        now = time.perf_counter()
+        steps_per_second = self.num_steps / (now - self.clock)
+        self.clock, self.num_steps = now, 0
+        speed = steps_per_second * self.training.batch_tokens
+        self.run.log({"step": step, **record}, timing={"tokens_per_second": speed})
+        note = f"loss {record['cross_entropy_nats']:.3f}, {speed:,.0f} tokens/s"
+        self.run.progress(step, self.training.num_steps, unit="steps", rate=steps_per_second, note=note)
+
+
+def _find_checkpoint(run_directory: Path) -> Checkpoint | None:
+    remove_leftovers(run_directory)
+    return last_good_checkpoint(run_directory)
+
+
+def _rows_of_rank(training: TrainingConfig, world: World) -> range:
+    """Which rows of each batch this process takes: every process as many, in the order of their ranks."""
+    num_rows = training.batch_tokens // training.sequence_length
+    if world.size > 1 and isinstance(training.objective, SampledReward):
+        raise UsageError("the sampled_reward objective runs in one process; start it without torchrun")
+    if num_rows % world.size:
+        raise UsageError(
+            f"a batch of {num_rows} rows (batch_tokens / sequence_length) cannot be shared out evenly among {world.size} processes; "
+            "change batch_tokens or their number"
+        )
+    share = num_rows // world.size
+    return range(world.rank * share, (world.rank + 1) * share)
 
 
 def _start_model(config: LanguageModelConfig, corpus: Corpus, checkpoint: Path | None) -> Any:
@@ -207,7 +253,7 @@ def _check_vocabulary(path: Path, vocab_size: int, tokenizer: Any) -> None:
 
 
 def train_step(
-    model: Any,
+    module: LanguageModelLoss,
     updater: Updater,
     batch: PackedBatch,
     training: TrainingConfig,
@@ -216,65 +262,40 @@ def train_step(
     step: int,
     seed: int,
     with_metrics: bool,
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """One update: gradients of summed losses, divided by the batch's number of targets, whatever the micro-batches.
+    """One update: gradients of summed losses, divided by the number of targets of the whole batch, whatever the micro-batches and
+    processes.
+
+    Args:
+        batch: this process's rows.
 
     Returns:
         loss (the objective's surrogate value, not comparable between objectives), gradient_norm, and where `with_metrics` plain
-        cross_entropy_nats, entropy_nats, head_mass and target_rank, each a mean over targets.
+        cross_entropy_nats, entropy_nats, head_mass and target_rank, each a mean over the targets of all processes.
     """
-    num_targets = max(1, int((batch.targets != IGNORE_INDEX).sum()))
+    counted = {"num_targets": float((batch.targets != IGNORE_INDEX).sum())}
+    num_targets = max(1.0, world.sum(counted)["num_targets"])
     # only the sampled estimator draws; the stream depends on the step alone, so that a resumed run draws the same
     generator = (
         torch_generator(seed, "objective", step) if isinstance(training.objective, SampledReward) else None
     )
-    totals: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}
     for rows in _micro_batches(batch, training):
-        hidden = packed_hidden_states(
-            model, batch.input_ids[rows], batch.position_ids[rows], attention_mask(batch.document_ids[rows])
+        loss, metrics = module(
+            rows.to(world.device), training.objective, with_metrics=with_metrics, generator=generator
         )
-        loss, metrics = stage_loss(
-            hidden, head_weight(model), batch.targets[rows], training.objective, with_metrics, generator
-        )
-        (loss / num_targets).backward()
-        _add(totals, {"loss": loss.detach(), **metrics})
-    means = {name: total / num_targets for name, total in totals.items()}
+        # sharding averages gradients over the processes; the product with their number makes it the sum
+        (loss * (world.size / num_targets)).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + value.double()
+    sums = world.sum({name: float(total) for name, total in totals.items()})
+    means = {name: total / num_targets for name, total in sums.items()}
     return {**means, "gradient_norm": updater.apply(means["loss"], rate, step=step)}
 
 
-def _micro_batches(batch: PackedBatch, training: TrainingConfig) -> Iterator[slice]:
+def _micro_batches(batch: PackedBatch, training: TrainingConfig) -> Iterator[PackedBatch]:
     num_rows = len(batch.input_ids)
     size = (training.micro_batch_tokens or training.batch_tokens) // training.sequence_length
     for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
-
-
-def stage_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    objective: Objective,
-    with_metrics: bool,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed objective and, where asked for, summed metrics over the targets that are not ignored."""
-    if not with_metrics:
-        loss = linear_shaped_cross_entropy(
-            hidden, weight, targets, objective, reduction="sum", generator=generator
-        )
-        return loss, {}
-    loss, metrics = linear_shaped_cross_entropy(
-        hidden, weight, targets, objective, reduction="sum", generator=generator, return_metrics=True
-    )
-    sums = {
-        "cross_entropy_nats": metrics.cross_entropy,
-        "entropy_nats": metrics.entropy,
-        "head_mass": metrics.head_mass,
-        "target_rank": metrics.target_rank,
-    }
-    return loss, {name: torch.nansum(value.double()) for name, value in sums.items()}
-
-
-def _add(totals: dict[str, float], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        totals[name] = totals.get(name, 0.0) + float(value)
+        yield batch.rows(slice(start, min(start + size, num_rows)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rlprior.config import RunError
 
@@ -90,7 +91,7 @@ class Updater:
             RunError: the third non-finite step in a row.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
-        gradient_norm = float(norm)
+        gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
