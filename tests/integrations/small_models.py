@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -41,6 +42,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
+    "use_cache": False,  # a cache would hide where packed documents end
 }
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
@@ -77,12 +79,20 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }
 
-# (token ids, length of the prompt, which is not trained on): no two have the same number of targets
+# (token ids, length of the prompt, which is not trained on): of unequal length and number of targets
 DOCUMENTS: list[tuple[list[int], int]] = [
     ([7, 3, 41, 9, 12, 30, 5, 8, 21, 2], 3),
     ([4, 4, 17], 1),
     ([50, 11, 6, 29, 33, 18, 2], 2),
     ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 1),
+    ([20, 19, 18, 17, 16, 15, 14, 13, 12], 8),
+    ([31, 13, 31, 13, 31], 1),
+    ([9, 40, 51, 52, 8, 22, 35, 27, 46, 3, 2], 4),
+    ([26, 10], 1),
+    ([44, 43, 7, 7, 7, 38, 5, 2], 1),
+    ([16, 37, 24, 48, 1, 29], 5),
+    ([12, 45, 23, 2], 2),
+    ([34, 28, 42, 49, 47, 39, 36, 32, 25, 14, 6, 3], 6),
 ]
 
 
@@ -137,9 +147,9 @@ def expected_loss(model: nn.Module, batch: dict[str, Tensor], shaping: Objective
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all gradients, which the model then forgets."""
+    """Copies of all gradients, whole, which the model then forgets."""
     found = {
-        name: parameter.grad.clone()
+        name: parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad.clone()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }

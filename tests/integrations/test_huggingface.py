@@ -1,4 +1,4 @@
-"""transformers.Trainer: the loss function from logits, and patched models, against gradients computed by hand."""
+"""transformers.Trainer: the loss function from logits, and patched models; splits and ranks are in the table of ways."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.integrations.small_models import (
     SHAPING,
     assert_same_gradients,
     examples,
-    expected_gradients,
     expected_loss,
     gradients,
     num_targets,
@@ -35,16 +34,9 @@ def train(way: str, shaping: Objective, directory: Path, **options: Any) -> dict
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-def test_any_split_has_the_same_gradient(way: str, batch_size: int, accumulation: int, tmp_path: Path):
-    found = train(way, SHAPING, tmp_path, batch_size=batch_size, accumulation=accumulation)
-    assert_same_gradients(found, expected_gradients())
-
-
-@pytest.mark.parametrize("way", WAYS)
 def test_zero_shaping_trains_as_the_trainer_does(way: str, tmp_path: Path):
-    own = run_trainer(small_model(), tmp_path, batch_size=1, accumulation=4)
-    assert_same_gradients(train(way, RewardShaping(), tmp_path, batch_size=1, accumulation=4), own)
+    own = run_trainer(small_model(), tmp_path, batch_size=5, accumulation=3)
+    assert_same_gradients(train(way, RewardShaping(), tmp_path, batch_size=5, accumulation=3), own)
 
 
 def test_evaluation_of_a_patched_model_has_loss_and_logits(tmp_path: Path):
@@ -61,7 +53,14 @@ def test_evaluation_of_a_patched_model_has_loss_and_logits(tmp_path: Path):
 
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True),
+        # one batch: a Trainer averages over batches, whatever their targets
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_eval_batch_size=12,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
         eval_dataset=examples(),  # pyright: ignore[reportArgumentType]
         data_collator=pad,
         compute_metrics=compute_metrics,

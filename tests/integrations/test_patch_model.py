@@ -17,7 +17,6 @@ from tests.integrations.small_models import (
     expected_loss,
     gradients,
     num_targets,
-    pack,
     pad,
     small_model,
 )
@@ -48,7 +47,9 @@ def test_zero_shaping_is_the_models_own_loss(family: str, count: int | None):
     patch_model(model, RewardShaping())
     patched = model(**batch, num_items_in_batch=count)
     patched.loss.backward()
-    torch.testing.assert_close(patched.loss, own.loss, rtol=1e-5, atol=0)  # a sum of 27 float32 losses
+    torch.testing.assert_close(
+        patched.loss, own.loss, rtol=1e-5, atol=0
+    )  # a sum of some fifty float32 losses
     assert_same_gradients(gradients(model), expected)
     assert patched.logits is None
     assert own.get("aux_loss") is None or torch.equal(patched.aux_loss, own.aux_loss)
@@ -60,26 +61,6 @@ def test_shaping_is_that_of_the_models_logits(family: str):
     patch_model(model, SHAPING, chunk_rows=5)
     model(**pad(examples())).loss.backward()
     assert_same_gradients(gradients(model), expected_gradients(family=family))
-
-
-@pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [3, 1], [1, 1, 1, 1]])
-def test_any_split_into_micro_batches_has_the_same_gradient(split: list[int]):
-    model, rows = small_model(), examples()
-    patch_model(model, SHAPING)
-    start = 0
-    for size in split:
-        model(
-            **pad(rows[start : start + size]), num_items_in_batch=torch.tensor(num_targets(rows))
-        ).loss.backward()
-        start += size
-    assert_same_gradients(gradients(model), expected_gradients())
-
-
-def test_packing_has_the_same_gradient():
-    model = small_model()
-    patch_model(model, SHAPING)
-    model(**pack(examples()), use_cache=False).loss.backward()  # a cache would hide where documents end
-    assert_same_gradients(gradients(model), expected_gradients())
 
 
 def test_shifted_labels_and_token_weights():
@@ -253,7 +234,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
     no_head.lm_head = nn.Sequential(no_head.lm_head)
     return {
         "bias on the head": (PhiForCausalLM(PhiConfig(**shape, num_attention_heads=2)), "has bias"),
-        "head of another kind": (no_head, "output head of class Sequential"),
+        "head of another kind": (no_head, "has a torch.*Sequential as its head"),
         "no head": (small_model().model, "needs a causal language model"),
         "wrapped": (nn.DataParallel(small_model()), "pass the model inside"),
         "encoder and decoder": (

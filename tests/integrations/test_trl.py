@@ -29,19 +29,58 @@ from rlprior.objectives import RewardShaping
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4)])
-def test_any_split_has_the_same_gradient(batch_size: int, accumulation: int, tmp_path: Path):
-    trainer, catcher = sft_trainer(small_model(), tmp_path, batch_size=batch_size, accumulation=accumulation)
-    patch_trainer(trainer, SHAPING)
-    trainer.train()
-    assert_same_gradients(catcher.gradients, expected_gradients())
+def cut(rows: list[dict[str, list[int]]], length: int, *, keeps_rest: bool) -> list[dict[str, list[int]]]:
+    """The first tokens of each row, or all of them in rows of their own."""
+    return [
+        {name: numbers[start : start + length] for name, numbers in row.items()}
+        for row in rows
+        for start in range(0, len(row["input_ids"]) if keeps_rest else 1, length)
+    ]
+
+
+def stream() -> dict[str, list[int]]:
+    """All documents in one row."""
+    return {name: [number for row in examples() for number in row[name]] for name in ("input_ids", "labels")}
+
+
+# what trl's strategies make of documents longer than the rows: the overflow dropped, kept apart, or no documents at all
+PACKED = {
+    "bfd": cut(examples(), 9, keeps_rest=False),
+    "bfd_split": cut(examples(), 9, keeps_rest=True),
+    "wrapped": cut([stream()], 9, keeps_rest=True),
+}
 
 
 # trl warns that only flash attention is known to keep documents apart; the models' own masks do, as the gradient shows
 @pytest.mark.filterwarnings("ignore:.*[Ff]lash")
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(10, 1), (4, 3)])
+@pytest.mark.parametrize("strategy", PACKED)
+def test_packed_rows_have_the_gradient_of_separate_rows(
+    strategy: str, batch_size: int, accumulation: int, tmp_path: Path
+):
+    trainer, catcher = sft_trainer(
+        small_model(),
+        tmp_path,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        arguments={"packing": True, "packing_strategy": strategy, "max_length": 9},
+    )
+    assert len(trainer.train_dataset) in (9, 10)  # one step takes them all
+    patch_trainer(trainer, SHAPING)
+    trainer.train()
+    model, rows = small_model(), PACKED[strategy]
+    expected_loss(model, pad(rows), SHAPING, num_targets(rows)).backward()
+    assert_same_gradients(catcher.gradients, gradients(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ff]lash")
 def test_padding_free_batches_have_the_same_gradient(tmp_path: Path):
     trainer, catcher = sft_trainer(
-        small_model(), tmp_path, arguments={"padding_free": True, "max_length": None}
+        small_model(),
+        tmp_path,
+        batch_size=5,
+        accumulation=3,
+        arguments={"padding_free": True, "max_length": None},
     )
     patch_trainer(trainer, SHAPING)
     trainer.train()
@@ -89,7 +128,13 @@ def test_only_completions_are_trained_on(tmp_path: Path):
 def test_evaluation(tmp_path: Path):
     model = small_model()
     expected = expected_loss(model, pad(examples()), SHAPING, num_targets(examples()))
-    trainer, _ = sft_trainer(model, tmp_path, eval_dataset=datasets.Dataset.from_list(examples()))
+    trainer, _ = sft_trainer(
+        model,
+        tmp_path,
+        eval_dataset=datasets.Dataset.from_list(examples()),
+        # one batch: a Trainer averages over batches, whatever their targets
+        arguments={"per_device_eval_batch_size": 12},
+    )
     patch_trainer(trainer, SHAPING)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
     prompt = torch.tensor([[5, 6, 7]])
@@ -101,7 +146,7 @@ def test_evaluation(tmp_path: Path):
 def test_the_loss_from_logits(tmp_path: Path):
     """The deprecated way; it still trains what it says."""
     trainer, catcher = sft_trainer(
-        small_model(), tmp_path, batch_size=1, accumulation=4, compute_loss_func=shaped_loss(SHAPING)
+        small_model(), tmp_path, batch_size=5, accumulation=3, compute_loss_func=shaped_loss(SHAPING)
     )
     trainer.train()
     assert_same_gradients(catcher.gradients, expected_gradients())

@@ -8,8 +8,12 @@ and returns a loss whose gradient with respect to the hidden states is the parts
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,6 +22,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rlprior.integrations import torchtitan
 
 
 class Configurable:
@@ -118,3 +124,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         setattr(modules["torchtitan.components.loss"], thing.__name__, thing)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+
+
+@contextmanager
+def torchtitan_losses() -> Iterator[Any]:
+    """torchtitan's loss module where it is installed, and this double of it elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("torchtitan") is None:
+            install(patch)
+        torchtitan._loss_class.cache_clear()
+        yield importlib.import_module("torchtitan.components.loss")
+        torchtitan._loss_class.cache_clear()

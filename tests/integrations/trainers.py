@@ -44,15 +44,15 @@ def settings(directory: Path, batch_size: int, accumulation: int) -> dict[str, A
 
 
 def run_trainer(
-    model: Any, directory: Path, *, batch_size: int = 4, accumulation: int = 1, **options: Any
+    model: Any, directory: Path, *, batch_size: int = 12, accumulation: int = 1, **options: Any
 ) -> dict[str, Tensor]:
-    """Gradient of one step of `transformers.Trainer`."""
+    """Gradient of one step of `transformers.Trainer` on the documents, or on the dataset that `options` brings."""
     catcher = GradientCatcher()
+    options.setdefault("train_dataset", examples())
+    options.setdefault("data_collator", pad)
     Trainer(
         model=model,
         args=TrainingArguments(**settings(directory, batch_size, accumulation)),
-        train_dataset=examples(),  # pyright: ignore[reportArgumentType]
-        data_collator=pad,
         callbacks=[catcher],
         **options,
     ).train()
@@ -63,7 +63,7 @@ def sft_trainer(
     model: Any,
     directory: Path,
     *,
-    batch_size: int = 4,
+    batch_size: int = 12,
     accumulation: int = 1,
     arguments: Any = None,
     **options: Any,

@@ -102,6 +102,7 @@ def patch_model(
     parts: Any = model  # transformers has setters that nn.Module does not declare
     parts.loss_function = loss
     parts.forward = forward
+    parts.accepts_loss_kwargs = True  # some models say no, and a Trainer then averages over micro-batches
     cast(Any, head).forward = head_forward
 
 
@@ -123,7 +124,7 @@ def unpatch_model(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if isinstance(forward, PatchedForward | PatchedHead) and forward.loss is loss:
             forward.restore()
-    del cast(Any, model)._loss_function
+    del cast(Any, model)._loss_function, cast(Any, model).accepts_loss_kwargs
 
 
 def _require_head(model: nn.Module) -> nn.Linear:
@@ -144,7 +145,11 @@ def _require_head(model: nn.Module) -> nn.Linear:
         )
     head = cast(Any, model).get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        kind = "no output head" if head is None else f"an output head of class {type(head).__name__}"
+        kind = (
+            "no output head"
+            if head is None
+            else f"a {type(head).__module__}.{type(head).__name__} as its head"
+        )
         raise ValueError(
             f"patch_model needs a linear output head, and {name} has {kind}; use compute_loss_func=shaped_loss(...)"
         )

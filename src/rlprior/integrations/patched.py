@@ -36,9 +36,8 @@ class _Call:
     wants_logits: bool
     hidden_BTD: Tensor | None = None
     weight_VD: Tensor | None = None
-    logits: Tensor | None = (
-        None  # the known numbers, after what the model does to logits, unless logits are wanted
-    )
+    # the known numbers, after what the model does to logits, unless logits are wanted
+    logits: Tensor | None = None
 
 
 class ModelLoss:
@@ -95,6 +94,11 @@ class ModelLoss:
             raise RuntimeError(
                 "the output head that patch_model prepared was not called; call patch_model again after "
                 "replacing the head, and combine it with no other patch of the forward pass"
+            )
+        if call.weight_VD.untyped_storage().size() == 0:
+            raise RuntimeError(
+                "the output head frees its weight before the loss is computed: leave it to the FSDP unit of the whole "
+                "model, or give its own unit reshard_after_forward=False; DeepSpeed ZeRO-3 is not supported"
             )
         if self.logit_scale is None:
             self.logit_scale = self._read_scale(call.logits, _known_numbers(call.hidden_BTD, call.weight_VD))
