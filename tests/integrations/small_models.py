@@ -15,6 +15,10 @@ from transformers import (
     Dots1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -52,6 +56,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
     # a cap low enough to bend the logits
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 1.5}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 8, "final_logit_softcapping": 1.5}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 3.0}),
     "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.3}),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,

@@ -1,4 +1,4 @@
-"""The loss under Megatron's signature; that any number of ranks gives the same is tested with the objectives."""
+"""The loss under Megatron's signature; any number of ranks is in the table of ways, and tested with the objectives."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import distributed
 
 from rlprior.integrations.megatron import vocab_parallel_shaped_cross_entropy
 from rlprior.objectives import CrossEntropy, RewardShaping, shaped_cross_entropy
-
-
-@pytest.fixture
-def group(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
 
 
 def make_logits():
@@ -28,10 +20,12 @@ def make_logits():
     return logits, target
 
 
-def test_one_rank_gives_the_loss_of_each_position_without_the_padding(group):
+def test_one_rank_gives_the_loss_of_each_position_without_the_padding(one_process):
     logits, target = make_logits()
     shaping = RewardShaping(beta=-0.25, tail_reward=-0.1, top_k=3)
-    loss = vocab_parallel_shaped_cross_entropy(logits, target, shaping, group, vocab_size=11, z_loss=0.01)
+    loss = vocab_parallel_shaped_cross_entropy(
+        logits, target, shaping, one_process, vocab_size=11, z_loss=0.01
+    )
     loss.sum().backward()
     assert not logits.grad[..., 11:].any()
     tokens = logits.detach()[..., :11].clone().requires_grad_()
@@ -41,13 +35,15 @@ def test_one_rank_gives_the_loss_of_each_position_without_the_padding(group):
     torch.testing.assert_close(logits.grad[..., :11], tokens.grad, rtol=1e-12, atol=1e-15)
 
 
-def test_megatrons_own_group_is_found(group, monkeypatch):
+def test_megatrons_own_group_is_found(one_process, monkeypatch):
     state = ModuleType("megatron.core.parallel_state")
-    state.get_tensor_model_parallel_group = lambda: group
+    state.get_tensor_model_parallel_group = lambda: one_process
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
     logits, target = make_logits()
     found = vocab_parallel_shaped_cross_entropy(logits, target, CrossEntropy())
-    assert torch.equal(found, vocab_parallel_shaped_cross_entropy(logits, target, CrossEntropy(), group))
+    assert torch.equal(
+        found, vocab_parallel_shaped_cross_entropy(logits, target, CrossEntropy(), one_process)
+    )
 
 
 def test_without_megatron_the_group_must_be_given(monkeypatch):

@@ -6,7 +6,6 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from tests.integrations.small_models import (
 )
 from tests.integrations.steps import LAYOUTS, Step
 from tests.integrations.ways import WAYS
-from torch import Tensor, distributed
+from torch import Tensor
 
 import rlprior.integrations
 
@@ -43,13 +42,6 @@ pytestmark = [
 @functools.cache
 def expected(family: str) -> dict[str, Tensor]:
     return expected_gradients(family=family)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,16 @@ def test_padding_free_batches_have_the_same_gradient(tmp_path: Path):
     assert_same_gradients(catcher.gradients, expected_gradients())
 
 
+def test_models_that_take_no_count_have_the_gradient_of_one_batch(tmp_path: Path):
+    """Such as most that see images; the trainer on its own averages the means of unequal micro-batches."""
+    model = small_model()
+    model.accepts_loss_kwargs = False
+    trainer, catcher = sft_trainer(model, tmp_path, batch_size=5, accumulation=3)
+    patch_trainer(trainer, SHAPING)
+    trainer.train()
+    assert_same_gradients(catcher.gradients, expected_gradients())
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_zero_shaping_trains_and_logs_as_the_trainer_does(family: str, tmp_path: Path):
     """Router losses included."""

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlprior.integrations.next_token import IGNORE_INDEX, divide_by_count, shift_left, start_draws
 from rlprior.objectives import Objective, TokenMetrics, linear_shaped_cross_entropy, shaped_cross_entropy
@@ -24,6 +25,11 @@ from rlprior.objectives.linear import Implementation, outside_compiled_graphs
 
 # The known number at the end of the row; a power of two, so that dividing by it is exact.
 PROBE_LIMIT = 8.0
+
+UNKNOWN_CHANGE = (
+    "the model changes its logits in a way that patch_model does not know (it knows a factor, and the "
+    "softcap of config.final_logit_softcapping); use compute_loss_func=shaped_loss(...)"
+)
 
 
 @dataclass
@@ -69,6 +75,11 @@ class ModelLoss:
             raise RuntimeError(
                 "the model calls its output head twice: patch_model cannot tell for which loss"
             )
+        if isinstance(weight_VD, DTensor):
+            raise ValueError(
+                "the output head is split over ranks (tensor parallelism), which patch_model does not support; "
+                "leave it out of the plan"
+            )
         self.call.hidden_BTD, self.call.weight_VD = hidden_BTD, weight_VD
         return _known_numbers(hidden_BTD, weight_VD)
 
@@ -100,6 +111,9 @@ class ModelLoss:
                 "the output head frees its weight before the loss is computed: leave it to the FSDP unit of the whole "
                 "model, or give its own unit reshard_after_forward=False; DeepSpeed ZeRO-3 is not supported"
             )
+        # at every call, because an adapter may come to the head at any time
+        if call.logits.shape != _known_shape(call.hidden_BTD, call.weight_VD):
+            raise ValueError(UNKNOWN_CHANGE)
         if self.logit_scale is None:
             self.logit_scale = self._read_scale(call.logits, _known_numbers(call.hidden_BTD, call.weight_VD))
         hidden_BTD = call.hidden_BTD if self.logit_scale == 1 else call.hidden_BTD * self.logit_scale
@@ -135,19 +149,13 @@ class ModelLoss:
 
     def _read_scale(self, found: Tensor, known: Tensor) -> float:
         """Factor that the model multiplies its logits by, where that and its softcap are all it does to them."""
-        cap, scale = self.logit_softcap, 1.0
-        if cap is None and found.shape == known.shape:
-            scale = float(found.flatten()[-1]) / PROBE_LIMIT
+        cap = self.logit_softcap
+        scale = float(found.flatten()[-1]) / PROBE_LIMIT if cap is None else 1.0
         expected = known * scale if cap is None else cap * torch.tanh(known / cap)
         # a few roundings of whatever dtype the model has made of the numbers
         tolerance = 8 * torch.finfo(found.dtype).eps
-        if found.shape != known.shape or not torch.allclose(
-            found.to(known.dtype), expected, rtol=tolerance, atol=tolerance
-        ):
-            raise ValueError(
-                "the model changes its logits in a way that patch_model does not know (it knows a factor, and the "
-                "softcap of config.final_logit_softcapping); use compute_loss_func=shaped_loss(...)"
-            )
+        if not torch.allclose(found.to(known.dtype), expected, rtol=tolerance, atol=tolerance):
+            raise ValueError(UNKNOWN_CHANGE)
         return scale
 
 
@@ -233,11 +241,15 @@ def _restore(module: nn.Module, original: Callable[..., Any], was_replaced: bool
         del cast(Any, module).forward
 
 
+def _known_shape(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[int, ...]:
+    return (*([1] * (hidden_BTD.ndim - 1)), weight_VD.shape[0])
+
+
 def _known_numbers(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
-    vocabulary = weight_VD.shape[0]
-    row_V = torch.linspace(-PROBE_LIMIT, PROBE_LIMIT, vocabulary, dtype=dtype, device=hidden_BTD.device)
-    return row_V.reshape([1] * (hidden_BTD.ndim - 1) + [vocabulary])
+    shape = _known_shape(hidden_BTD, weight_VD)
+    row_V = torch.linspace(-PROBE_LIMIT, PROBE_LIMIT, shape[-1], dtype=dtype, device=hidden_BTD.device)
+    return row_V.reshape(shape)
 
 
 def _to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -62,6 +62,7 @@ def patch_trainer(
         eval_logits=False,
     )
     model.forward = _TrainerForward(model.forward)
+    trainer.model_accepts_loss_kwargs = True  # or a model that says no gets means of micro-batches
 
 
 @dataclass
