@@ -88,11 +88,11 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 # (token ids, length of the prompt, which is not trained on): of unequal length and number of targets
 DOCUMENTS: list[tuple[list[int], int]] = [
     ([7, 3, 41, 9, 12, 30, 5, 8, 21, 2], 3),
-    ([4, 4, 17], 1),
+    ([4, 4, 17], 0),
     ([50, 11, 6, 29, 33, 18, 2], 2),
     ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 1),
     ([20, 19, 18, 17, 16, 15, 14, 13, 12], 8),
-    ([31, 13, 31, 13, 31], 1),
+    ([31, 13, 31, 13, 31], 0),
     ([9, 40, 51, 52, 8, 22, 35, 27, 46, 3, 2], 4),
     ([26, 10], 1),
     ([44, 43, 7, 7, 7, 38, 5, 2], 1),
