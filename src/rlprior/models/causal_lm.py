@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,36 +16,71 @@ from rlprior.models.presets import ModelConfig, Shape
 from rlprior.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Qwen3Config
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # B rows, T positions, D width
 
 
-def qwen3_config(shape: Shape, vocab_size: int, **options: Any) -> Qwen3Config:
-    """Hugging Face configuration of a shape; `options` are any of its other fields."""
-    from transformers import Qwen3Config
+def huggingface_config(shape: Shape, vocab_size: int, **options: Any) -> PreTrainedConfig:
+    """Hugging Face configuration of a shape; `options` are any of its other fields.
 
-    return Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied_embeddings,
+    Dense: Qwen3. Mixture of experts: dots.llm1, which is Qwen3's attention with DeepSeek-V3's router: scores `s = sigmoid(W h)`, the
+    k experts with the largest `s + b` (b the selection bias of `rlprior.models.balancing`), weighted by their `s` normalised to 1.
+    Every layer has experts; there is no shared expert and one group.
+
+    Differs: the paper names neither the router's scores nor their normalisation; both are DeepSeek-V3's, whose balancing it uses.
+    """
+    from transformers import Dots1Config, Qwen3Config
+
+    options = {
+        "vocab_size": vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "tie_word_embeddings": shape.tied_embeddings,
+        **options,
+    }
+    if not shape.num_experts:
+        return Qwen3Config(**options)
+    # read by vLLM, which has no default for them, and no selection bias without the first
+    options |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    return Dots1Config(
+        moe_intermediate_size=shape.intermediate_size,
+        n_routed_experts=shape.num_experts,
+        num_experts_per_tok=shape.num_experts_per_token,
+        n_shared_experts=0,
+        first_k_dense_replace=0,
+        norm_topk_prob=True,
+        sliding_window=None,
         **options,
     )
 
 
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A freshly initialised causal model of a Hugging Face configuration; under `torch.device("meta")` one without memory."""
+    from transformers import AutoModelForCausalLM
+
+    if _is_routed_only(config):
+        from rlprior.models.dots1 import Dots1ForCausalLM
+
+        return Dots1ForCausalLM(cast(Any, config))
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _is_routed_only(config: Any) -> bool:
+    return config.model_type == "dots1" and config.n_shared_experts == 0
+
+
 def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed: int) -> PreTrainedModel:
-    """A freshly initialised `Qwen3ForCausalLM`; the same weights for the same seed, whatever the objective.
+    """A freshly initialised model of a shape; the same weights for the same seed, whatever the objective.
 
-    Initialisation is the class's own: normal with standard deviation `initializer_range` for every matrix, norms 1.
+    Initialisation is the class's own: normal with standard deviation `initializer_range` for every matrix (embeddings, attention,
+    experts and routers alike, without scaling by depth), norms 1, the row of the padding token and the selection bias 0.
     """
-    from transformers import Qwen3ForCausalLM
-
-    qwen3 = qwen3_config(
+    options = huggingface_config(
         config.shape,
         len(tokenizer),
         max_position_embeddings=max_positions,
@@ -57,7 +92,7 @@ def build_model(config: ModelConfig, tokenizer: Any, *, max_positions: int, seed
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, "model"))
-        return Qwen3ForCausalLM(qwen3)
+        return new_model(options)
 
 
 def load_model(
@@ -82,8 +117,13 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path)
         _extend(config, path, rope_theta, max_positions)
+        model_class: Any = AutoModelForCausalLM
+        if _is_routed_only(config):
+            from rlprior.models.dots1 import Dots1ForCausalLM
+
+            model_class = Dots1ForCausalLM
         with _without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except RuntimeError:
