@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlprior.models.causal_lm import huggingface_config, new_model
@@ -90,6 +91,14 @@ def test_parameters_are_counted_as_the_real_model_has_them(preset: str, tied: bo
     assert num_parameters(shape, 1000) == sum(parameter.numel() for parameter in model.parameters())
     assert num_active_parameters(shape) == counted_active(model, shape)
     assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_experts_are_computed_as_the_library_computes_them() -> None:
+    config = huggingface_config(PRESETS["tiny-moe"], 100)
+    assert build(PRESETS["tiny-moe"], 100, "meta").config._experts_implementation == "grouped_mm"
+    with torch.device("meta"), pytest.warns(UserWarning, match="zero-element"):
+        theirs = transformers.Dots1ForCausalLM(config)
+    assert theirs.config._experts_implementation == "grouped_mm"
 
 
 @pytest.mark.parametrize("preset", ["20m", "100m", "100m-moe"])

@@ -38,3 +38,8 @@ class Dots1ForCausalLM(transformers.Dots1ForCausalLM):
         for module in self.modules():
             if isinstance(module, Dots1MoE):
                 module.add_module("shared_experts", NoSharedExpert())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # the library looks for a decorator in the source of the class's file, which is its own
+        return transformers.Dots1ForCausalLM._can_set_experts_implementation()
