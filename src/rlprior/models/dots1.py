@@ -29,6 +29,9 @@ class Dots1ForCausalLM(transformers.Dots1ForCausalLM):
         ValueError: the configuration asks for shared experts.
     """
 
+    # by it the library decides how the weights of a class are named in files, and whether experts may use its grouped product
+    __module__ = transformers.Dots1ForCausalLM.__module__
+
     def __init__(self, config: transformers.Dots1Config) -> None:
         if config.n_shared_experts != 0:
             raise ValueError(f"n_shared_experts = {config.n_shared_experts} must be 0")
@@ -38,8 +41,3 @@ class Dots1ForCausalLM(transformers.Dots1ForCausalLM):
         for module in self.modules():
             if isinstance(module, Dots1MoE):
                 module.add_module("shared_experts", NoSharedExpert())
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # the library looks for a decorator in the source of the class's file, which is its own
-        return transformers.Dots1ForCausalLM._can_set_experts_implementation()
