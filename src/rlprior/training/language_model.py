@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlprior.config import HOW, UsageError
 from rlprior.data.packing import IGNORE_INDEX, Corpus, PackedBatch, PackedMixture
+from rlprior.models.balancing import ExpertBalancer
 from rlprior.models.causal_lm import build_model, load_model, load_tokenizer
 from rlprior.models.presets import ModelConfig
 from rlprior.objectives import CrossEntropy, Objective, SampledReward
@@ -139,6 +140,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     model = _start_model(config, corpus, checkpoint.directory if checkpoint else None)
     module = prepare_model(model, training.engine, training.precision, world)
     updater = Updater(module, training.optimizer)
+    balancer = ExpertBalancer.attach(model, rate=config.model.balancing_rate)
     saver = CheckpointSaver(
         run.directory,
         model=model,
@@ -172,6 +174,10 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
                 with_metrics=log.is_due(step),
                 world=world,
             )
+            if updater.num_skipped_in_a_row:
+                balancer.reset()
+            else:
+                measured |= balancer.update()
             tokens = tokens_before + step * training.batch_tokens
             counted = {"learning_rate": rate, "num_skipped": updater.num_skipped}
             log.write(step, {"tokens": tokens, **measured, **counted})
