@@ -163,24 +163,29 @@ def test_one_expert_a_token_is_exported_to_qwen3_moe_with_equal_logits(tokenizer
 # one layer of each of the paper's models
 
 
-@pytest.mark.parametrize("preset", ["1b", "4b", "5b-a0.3b", "10b-a0.5b"])
+@pytest.mark.parametrize(
+    # half a minute, of which most draws 581 million initial weights
+    "preset",
+    ["1b", "4b", "5b-a0.3b", pytest.param("10b-a0.5b", marks=pytest.mark.slow)],
+)
 def test_one_layer_of_a_paper_model_trains_a_step(tokenizer: Any, preset: str) -> None:
     model = build_model(ModelConfig(preset=preset, num_layers=1), tokenizer, max_positions=64, seed=0).train()
     assert model.model.layers[0].self_attn.q_proj.out_features == PRESETS[preset].num_heads * 128
     balancer = ExpertBalancer.attach(model, rate=1e-3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # without moments: memory
     ids = random_ids(2, 33)
-    losses = []
-    for _ in range(2):
+
+    def loss() -> Tensor:
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        loss = linear_shaped_cross_entropy(hidden, head_weight(model), ids[:, 1:], RewardShaping(beta=-0.25))
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics = balancer.update()
-        losses.append(loss.item())
-    assert losses[1] < losses[0]
+        return linear_shaped_cross_entropy(hidden, head_weight(model), ids[:, 1:], RewardShaping(beta=-0.25))
+
+    before = loss()
+    before.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # without moments: memory
+    metrics = balancer.update()
+    with torch.no_grad():
+        assert loss() < before
     if PRESETS[preset].num_experts:
         assert len(balancer.relative_load[0]) == 384
         assert 0 < metrics["max_violation_max"] < 384 / 12 - 1
+        assert model.model.layers[0].mlp.gate.e_score_correction_bias.abs().max() > 0
