@@ -164,7 +164,7 @@ def test_one_expert_a_token_is_exported_to_qwen3_moe_with_equal_logits(tokenizer
 
 
 @pytest.mark.parametrize(
-    # half a minute, of which most draws 581 million initial weights
+    # 4.7 GB; a quarter of a minute of an idle core, most of it to draw 581 million initial weights
     "preset",
     ["1b", "4b", "5b-a0.3b", pytest.param("10b-a0.5b", marks=pytest.mark.slow)],
 )
