@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 from tests.small_study import find_run, study_config
 
+from rlprior import processes
 from rlprior.config import RunError, UsageError
 from rlprior.runs import read_progress
 from rlprior.study import runner
@@ -65,7 +64,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception] | None
             raise errors[planned.label]
         return finish(planned)
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(runner, "execute", execute)
     return executed
 
@@ -243,26 +242,3 @@ def test_study_file_and_times(tmp_path: Path) -> None:
         for key in ("directory", "evaluation"):
             assert not Path(run[key]).is_absolute()
             assert (tmp_path / run[key] / "result.json").exists()
-
-
-def test_ctrl_c_while_a_process_starts_is_kept_for_the_end_and_never_reaches_it() -> None:
-    """Lost, it would leave a study running that a person has stopped."""
-    children: list[subprocess.Popen[bytes]] = []
-
-    def start() -> None:
-        with runner._started_without_interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
-            children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
-
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    [child] = children
-    try:
-        child.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(0.5)
-    finally:
-        child.kill()
-        child.wait()
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)

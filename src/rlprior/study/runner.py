@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError, encode
+from rlprior.processes import open_pool, started_without_interrupts
 from rlprior.runs import Progress, Run, hardware, provenance, session_seconds, write_json
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import DISTRIBUTED_STAGES, STAGES, PlannedRun, describe_model
@@ -70,7 +65,7 @@ def execute_plan(
     running: dict[Future[Path], PlannedRun] = {}
     failures: list[tuple[PlannedRun, BaseException]] = []
     try:
-        with _open_pool(num_workers, threads_per_worker) as pool:
+        with open_pool(num_workers, threads_per_worker) as pool:
             while pending or running:
                 _submit_ready(plan, pending, running, pool, num_workers)
                 if not running:
@@ -90,38 +85,6 @@ def execute_plan(
         raise _as_one_line(*failures[0], num_failed=len(failures), num_left=len(pending))
 
 
-@contextlib.contextmanager
-def _open_pool(num_workers: int, num_threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and at once where it is interrupted: a run can be killed anywhere."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (num_threads, os.getpid())) as pool:
-        try:
-            yield pool
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-@contextlib.contextmanager
-def _started_without_interrupts() -> Iterator[None]:
-    """Processes that start inside never see Ctrl-C: the one that a person talks to ends them.
-
-    A Ctrl-C that comes meanwhile is raised at the end: a process inherits a blocked signal, not a handler, and
-    whichever thread takes the signal, the handler only notes it.
-    """
-    interrupts: list[int] = []
-    former = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, former)
-        if interrupts:
-            raise KeyboardInterrupt
-
-
 def _submit_ready(
     plan: Sequence[PlannedRun],
     pending: list[PlannedRun],
@@ -132,7 +95,7 @@ def _submit_ready(
     finished = {planned.directory for planned in plan if planned.is_done}
     ready = [planned for planned in pending if finished.issuperset(planned.needs)]
     for planned in ready[: num_workers - len(running)]:
-        with _started_without_interrupts():
+        with started_without_interrupts():
             running[pool.submit(execute, planned)] = planned
         pending.remove(planned)
 
@@ -164,20 +127,6 @@ def _remaining_cost(plan: Sequence[PlannedRun]) -> dict[Path, float]:
             own = next(run.cost for run in plan if run.directory == needed)
             cost[needed] = max(cost[needed], own + cost[planned.directory])
     return cost
-
-
-def _start_worker(num_threads: int, parent: int) -> None:
-    """Set the threads, and end with the parent: a killed study leaves no process behind that would hold its runs."""
-    import torch
-
-    torch.set_num_threads(num_threads)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_study_file(
