@@ -54,13 +54,13 @@ def test_training_on_a_small_disk(
 
 
 def failing_fsync(number: int) -> tuple[Callable[[int], None], list[int]]:
-    """`os.fsync` whose call of that number finds the disk full; the calls so far."""
+    """`os.fsync` that finds the disk full from the call of that number on (0: never); the calls so far."""
     calls: list[int] = []
     original = os.fsync
 
     def fsync(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == number:
+        if 0 < number <= len(calls):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor)
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,53 @@ def test_hub_data_set_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert texts(source, tmp_path) == ["one", "two"]
     with pytest.raises(UsageError, match=r"set:1: no field 'body'; it has 'text'"):
         texts(SourceConfig(name="s", kind="hub", path="set", template="{body}"), tmp_path)
+
+
+@pytest.fixture
+def hub_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set as it lies on the hub: two subsets of parquet shards, named by the front matter of its card."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "set"
+    configs: list[dict[str, Any]] = []
+    for subset in ("small", "large"):
+        (root / subset).mkdir(parents=True)
+        for split in ("train", "test"):
+            for shard in range(2):
+                table = pa.table({"text": [f"{subset} {split} {shard}{row}" for row in range(3)]})
+                parquet.write_table(table, root / subset / f"{split}-0000{shard}-of-00002.parquet")
+        files = [{"split": split, "path": f"{subset}/{split}-*"} for split in ("train", "test")]
+        configs.append({"config_name": subset, "data_files": files})
+    # JSON is YAML
+    (root / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n# A data set\n")
+    return root
+
+
+@pytest.mark.parametrize(("subset", "split"), [("small", "train"), ("large", "test")])
+def test_hub_subsets_and_splits(hub_layout: Path, subset: str, split: str) -> None:
+    source = SourceConfig(name="s", kind="hub", path="set", hub_subset=subset, hub_split=split)
+    expected = [f"{subset} {split} {shard}{row}" for shard in range(2) for row in range(3)]
+    assert texts(source, hub_layout.parent) == expected
+
+
+def test_hub_is_streamed(hub_layout: Path) -> None:
+    """No file is opened before its rows are needed: a broken one is met only by who reads so far."""
+    (hub_layout / "small" / "train-00001-of-00002.parquet").write_bytes(b"not parquet")
+    source = SourceConfig(name="s", kind="hub", path="set", hub_subset="small", max_bytes=30)
+    assert texts(source, hub_layout.parent) == ["small train 00", "small train 01", "small train 02"]
+    with pytest.raises(RunError, match="data set 'set' could not be read from the hub: ") as raised:
+        texts(replace(source, max_bytes=None), hub_layout.parent)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"hub_subset": "huge"}, "huge"), ({"hub_subset": "small", "hub_split": "dev"}, "dev")],
+)
+def test_a_hub_subset_or_split_that_is_not_there(
+    hub_layout: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RunError, match=f"could not be read from the hub: .*{message}"):
+        texts(SourceConfig(name="s", kind="hub", path="set", **settings), hub_layout.parent)
 
 
 def test_problem_file(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import pytest
 from rlprior.config import RunError, UsageError
 from rlprior.data import prepare as stage
 from rlprior.data.config import DataConfig, SourceConfig, TokenizerConfig
-from rlprior.data.packing import Corpus, PackedMixture
+from rlprior.data.corpus import Corpus
+from rlprior.data.packing import PackedMixture
 from rlprior.data.prepare import CODE, input_files, prepare
 from rlprior.data.tokenizer import load_tokenizer
 from rlprior.runs import Run, identify
@@ -60,11 +61,12 @@ def test_documents_come_back_from_the_disk(config: DataConfig, tmp_path: Path) -
         for side, found in (("train", source.train), ("held_out", source.held_out)):
             entry = corpus.manifest["sources"][name][side]
             assert entry["documents"] == len(found) == len(found.ids)
-            assert entry["tokens"] == len(found.tokens) == found.offsets[-1]
+            assert entry["tokens"] == len(found.shards[0]) == found.num_tokens
             assert entry["bytes"] == found.num_bytes.sum()
-            file = corpus.directory / "sources" / name / f"{side}.tokens.npy"
-            assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-            assert found.tokens.dtype == np.uint16
+            file = corpus.directory / "sources" / name / f"{side}.tokens-00000.npy"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            assert entry["shards"] == [{"tokens": entry["tokens"], "sha256": digest}]
+            assert found.shards[0].dtype == np.uint16
             for index in range(len(found)):
                 ids = found.document(index).tolist()
                 text = tokenizer.decode(ids[1:-1])
@@ -187,15 +189,15 @@ def test_bad_input_leaves_nothing_behind(config: DataConfig, tmp_path: Path) -> 
     assert nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("writer", ["save_tokenizer", "write_json", "_DocumentWriter"])
+@pytest.mark.parametrize("writer", ["save_tokenizer", "write_json", "DocumentWriter"])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if writer == "_DocumentWriter":
-        monkeypatch.setattr(stage._DocumentWriter, "append", fail)
+    if writer == "DocumentWriter":
+        monkeypatch.setattr(stage.DocumentWriter, "append", fail)
     else:
         monkeypatch.setattr(stage, writer, fail)
     with pytest.raises(RunError, match=r"corpus: the disk is full") as raised:
@@ -217,14 +219,14 @@ def test_the_tokenizers_library_reports_a_full_disk_as_such(
 
 
 def test_a_killed_attempt_is_cleared_away(config: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / ".corpus.partial" / "sources").mkdir(parents=True)
-    (tmp_path / ".corpus.partial" / "sources" / "torn").write_bytes(b"half")
+    (tmp_path / "corpus.partial" / "sources").mkdir(parents=True)
+    (tmp_path / "corpus.partial" / "sources" / "torn").write_bytes(b"half")
     prepare(config, tmp_path / "corpus")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "r.jsonl"]
     assert not list((tmp_path / "corpus").rglob("torn"))
 
 
-@pytest.mark.parametrize("side", ["train.tokens", "held_out.offsets", "train.bytes", "train.ids"])
+@pytest.mark.parametrize("side", ["train.tokens-00000", "held_out.offsets", "train.bytes", "train.ids"])
 def test_a_damaged_corpus_is_refused_by_name(config: DataConfig, tmp_path: Path, side: str) -> None:
     directory = tmp_path / "corpus"
     prepare(config, directory)
@@ -251,6 +253,6 @@ def test_run_prepares_once_and_is_opened_by_its_directory(config: DataConfig, tm
             assert stage.run(config, run) == tmp_path / "run" / "corpus"
             assert run.result is not None
             corpus = Corpus.open(tmp_path / "run")
-            assert run.result["train_tokens"]["records"] == len(corpus.sources["records"].train.tokens)
+            assert run.result["train_tokens"]["records"] == len(corpus.sources["records"].train.shards[0])
     batch = PackedMixture(corpus, {"records": 1, "problems": 1}, 32, seed=0).batch(0, 4)
     assert batch.input_ids.shape == (4, 32)

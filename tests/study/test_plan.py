@@ -90,6 +90,7 @@ def test_ids_do_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
     [
         ("title='other'", set()),
         ("arms.sharp.label=other", set()),
+        ("data.num_workers=4", set()),
         ("arms.sharp.objective.beta=-0.3", of_arms("sharp")),
         (
             "pretrain.num_steps=7",
@@ -170,7 +171,7 @@ PATHS_ALONE = {"evaluate": {"rlprior.training.checkpoint"}}
 
 def test_the_code_of_a_stage_is_all_that_it_imports() -> None:
     """A module that a stage uses and does not name could change without a new identity."""
-    plumbing = {"rlprior", "rlprior.config", "rlprior.runs"}
+    plumbing = {"rlprior", "rlprior.config", "rlprior.processes", "rlprior.runs"}
     for stage, module in plan_module.STAGES.items():
         for name in imported_modules(module.__name__) - plumbing:
             covered = any(name == code or name.startswith(f"{code}.") for code in module.CODE)

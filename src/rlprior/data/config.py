@@ -9,8 +9,10 @@ from typing import Literal
 
 from rlprior.tasks.config import TaskConfig
 
-SourceKind = Literal["embedded_english", "embedded_code", "problems", "text", "jsonl", "parquet", "hub"]
-_KINDS_WITH_PATH = ("text", "jsonl", "parquet", "hub")
+SourceKind = Literal[
+    "embedded_english", "embedded_code", "problems", "text", "jsonl", "parquet", "hub", "megatron"
+]
+_KINDS_WITH_PATH = ("text", "jsonl", "parquet", "hub", "megatron")
 _KINDS_WITH_FIELDS = ("jsonl", "parquet", "hub")
 
 
@@ -44,7 +46,7 @@ class SourceConfig:
     Attributes:
         name: letters, digits, `_`, `-` and `.`; a folder of the corpus.
         kind: where the documents come from.
-        path: file or glob relative to the data directory, or the data set's id on the hub.
+        path: file or glob relative to the data directory (of kind `megatron`, the `.idx` files), or the data set's id on the hub.
         template: text of a document from a record's fields, for kinds with records.
         strip_pattern: regular expression removed from every document, `<<[^>]*>>` for GSM8K.
         document_start: for kind `text`, a regular expression (multi-line) at whose matches a document starts; None makes a
@@ -93,6 +95,10 @@ class SourceConfig:
                 raise ValueError(f"{name} = {value} must be at least 1")
         for name in ("strip_pattern", "document_start"):
             _check_pattern(name, getattr(self, name))
+            if self.kind == "megatron" and getattr(self, name) is not None:
+                raise ValueError(f"{name} changes the text, and kind 'megatron' has token ids; remove it")
+        if self.kind == "megatron" and self.max_document_bytes is not None:
+            raise ValueError("max_document_bytes cuts the text, and kind 'megatron' has token ids; remove it")
         if self.kind in _KINDS_WITH_FIELDS:
             template_fields(self.template)
 
@@ -107,6 +113,8 @@ class DataConfig:
         held_out_fraction: share of documents that `held_out = "hash"` holds out, by a hash of the text.
         seed: of generated problems.
         data_dir: what relative paths are relative to; None for the working directory.
+        num_workers: processes that tokenize, beside the one that reads and writes; 1 for that one alone, with the tokenizer's own
+            threads. The corpus is the same for any number.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -114,6 +122,7 @@ class DataConfig:
     held_out_fraction: float = 0.05
     seed: int = 0
     data_dir: str | None = None
+    num_workers: int = 1
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -123,6 +132,10 @@ class DataConfig:
             raise ValueError(f"sources has one name twice: {', '.join(sorted(names))}")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction = {self.held_out_fraction} must be between 0 and 1")
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers = {self.num_workers} must be at least 1")
+        if self.tokenizer.path is None and (given := [s.name for s in self.sources if s.kind == "megatron"]):
+            raise ValueError(f"source {given[0]!r} has token ids; name their tokenizer in tokenizer.path")
 
 
 def template_fields(template: str) -> tuple[str, ...]:

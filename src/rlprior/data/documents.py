@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rlprior.config import RunError, UsageError
 from rlprior.data.config import DataConfig, SourceConfig, template_fields
 from rlprior.data.embedded import read_code, read_english
+from rlprior.data.megatron import megatron_files, read_megatron
+from rlprior.data.tokenizer import decode_documents, load_tokenizer
 from rlprior.tasks.config import TaskConfig, load_task, resolve_path
 from rlprior.tasks.files import check_text, read_json_lines
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.synthetic import Split, generate_problems
+
+DECODED_DOCUMENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,13 @@ class Document:
         source: name of the source.
         text: any Unicode text, not blank.
         split_key: what the held-out split hashes: documents with one key land on one side.
+        token_ids: of a source that comes tokenized; None where `text` is still to be.
     """
 
     source: str
     text: str
     split_key: str
+    token_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def id(self) -> str:
@@ -39,7 +47,7 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
-def read_documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[Document, bool]]:
+def read_documents(source: SourceConfig, config: DataConfig) -> Generator[tuple[Document, bool], None, None]:
     """Documents of a source in a fixed order, and whether each is held out.
 
     With `held_out = "hash"` a document is held out where the first 32 bits of its split key's SHA-256 are below
@@ -66,6 +74,13 @@ def read_documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[D
 def _read_sides(source: SourceConfig, config: DataConfig) -> Iterator[tuple[Document, bool]]:
     if source.problems is not None and source.problems.kind == "synthetic":
         yield from _generated_problems(source, source.problems, config)
+        return
+    if source.kind == "megatron":
+        for text, token_ids in _read_tokenized(source, config):
+            yield (
+                Document(source.name, text, text, token_ids),
+                _is_held_out(text, source, config.held_out_fraction),
+            )
         return
     for text, key in _read_texts(source, config):
         text = _stripped(text, source)
@@ -142,9 +157,37 @@ def _read_texts(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str,
             yield fill_template(source.template, fields, record, where), None
 
 
+def _read_tokenized(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Texts and token ids of documents that come tokenized."""
+    assert config.tokenizer.path is not None
+    tokenizer = load_tokenizer(config_path(config.tokenizer.path, config))
+    for path in source_files(source, config):
+        if path.suffix != ".idx":
+            continue  # the token ids, which source_files names beside their index
+        documents = enumerate(read_megatron(path), start=1)
+        while batch := list(itertools.islice(documents, DECODED_DOCUMENTS)):
+            for number, token_ids in batch:
+                _check_vocabulary(token_ids, len(tokenizer), f"{path}: document {number}")
+            token_ids = [document for _, document in batch]
+            yield from zip(decode_documents(tokenizer, token_ids), token_ids, strict=True)
+
+
+def _check_vocabulary(token_ids: np.ndarray, vocab_size: int, where: str) -> None:
+    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
+        raise RunError(
+            f"{where}: token {wrong} is not in the vocabulary of {vocab_size}; give `tokenizer.path` the tokenizer it was made with"
+        )
+
+
 def _file_problems(task: TaskConfig, config: DataConfig) -> list[Problem]:
     data_dir = Path(config.data_dir) if config.data_dir else None
     return load_task(task, split="train", num_problems=None, seed=config.seed, data_dir=data_dir)
+
+
+def config_path(path: str, config: DataConfig) -> Path:
+    """A path of the config, which may be relative to its data directory."""
+    return resolve_path(path, Path(config.data_dir) if config.data_dir else None)
 
 
 def source_files(source: SourceConfig, config: DataConfig) -> list[Path]:
@@ -153,12 +196,11 @@ def source_files(source: SourceConfig, config: DataConfig) -> list[Path]:
     Raises:
         UsageError: the path names no file.
     """
-    data_dir = Path(config.data_dir) if config.data_dir else None
     if source.problems is not None and source.problems.path:
-        return [resolve_path(source.problems.path, data_dir)]
+        return [config_path(source.problems.path, config)]
     if source.path is None or source.kind == "hub":
         return []
-    pattern = resolve_path(source.path, data_dir)
+    pattern = config_path(source.path, config)
     matches = [pattern]
     if not pattern.is_file():
         matches = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
@@ -167,7 +209,7 @@ def source_files(source: SourceConfig, config: DataConfig) -> list[Path]:
         raise UsageError(
             f"source {source.name!r}: {pattern}: no such file; correct `path` or the data directory"
         )
-    return files
+    return [part for file in files for part in megatron_files(file)] if source.kind == "megatron" else files
 
 
 def _read_text_file(path: Path, document_start: str | None) -> Iterator[str]:
@@ -232,7 +274,7 @@ def _read_hub(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, M
             f"source {source.name!r}: the hub needs the datasets package; install it with: pip install 'rlprior[hub]'"
         ) from None
     identity = source.path or ""
-    local = resolve_path(identity, Path(config.data_dir) if config.data_dir else None)
+    local = config_path(identity, config)
     try:
         rows = datasets.load_dataset(
             str(local) if local.exists() else identity,

@@ -5,168 +5,25 @@ Shapes: B batch rows, T positions of a row.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlprior.config import RunError, UsageError
+from rlprior.config import UsageError
+from rlprior.data.corpus import Corpus, TokenizedDocuments
 from rlprior.seeding import numpy_generator
 
 IGNORE_INDEX = -100
 MAX_SCHEDULE_ROWS = 100_000
 
-
-@dataclass(frozen=True)
-class TokenizedDocuments:
-    """Documents of one side of one source, concatenated and memory-mapped.
-
-    Attributes:
-        tokens: [num_tokens] uint16 or uint32; each document between its first token and <|eos|>.
-        offsets: [num_documents + 1] int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
-        num_bytes: [num_documents] int64; UTF-8 bytes of the texts, special tokens not counted.
-        ids: [num_documents] 16 hexadecimal digits of the texts' SHA-256, as bytes.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    num_bytes: np.ndarray
-    ids: np.ndarray
-
-    @classmethod
-    def open(cls, directory: Path, side: str) -> TokenizedDocuments:
-        """Memory-map the files of one side.
-
-        Raises:
-            RunError: a file is missing or does not fit the others.
-        """
-        try:
-            arrays = {
-                name: _open_array(directory / f"{side}.{name}.npy")
-                for name in ("tokens", "offsets", "bytes", "ids")
-            }
-        except (OSError, EOFError, ValueError) as error:
-            raise RunError(f"{directory}: the corpus is damaged ({error}); prepare it again") from None
-        documents = cls(arrays["tokens"], arrays["offsets"], arrays["bytes"], arrays["ids"])
-        lengths = {len(documents.offsets) - 1, len(documents.num_bytes), len(documents.ids)}
-        if len(lengths) > 1 or documents.offsets[-1] != len(documents.tokens):
-            raise RunError(
-                f"{directory}: the corpus is damaged (its {side} files do not fit together); prepare it again"
-            )
-        return documents
-
-    def __len__(self) -> int:
-        return len(self.num_bytes)
-
-    def document(self, index: int) -> np.ndarray:
-        """Token ids of one document."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-
-def _open_array(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return np.asarray(array)  # a plain view of the map: indexing a memmap costs several times more
-
-
-@dataclass(frozen=True)
-class TokenizedSource:
-    """The two sides of one source."""
-
-    name: str
-    train: TokenizedDocuments
-    held_out: TokenizedDocuments
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus on disk.
-
-    Attributes:
-        directory: where it is.
-        sources: by name.
-        manifest: what `prepare` wrote about it.
-    """
-
-    directory: Path
-    sources: Mapping[str, TokenizedSource]
-    manifest: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, directory: Path) -> Corpus:
-        """Open a corpus, or the run directory of the data stage that holds one.
-
-        Raises:
-            UsageError: there is no corpus.
-            RunError: the corpus is damaged.
-        """
-        root = directory / "corpus" if (directory / "corpus").is_dir() else directory
-        path = root / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            sources = {
-                name: TokenizedSource(
-                    name,
-                    TokenizedDocuments.open(root / "sources" / name, "train"),
-                    TokenizedDocuments.open(root / "sources" / name, "held_out"),
-                )
-                for name in manifest["sources"]
-            }
-        except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(f"{directory}: no corpus there; prepare one first") from None
-        except (ValueError, KeyError):
-            raise RunError(f"{path}: not a corpus manifest; prepare the corpus again") from None
-        return cls(root, sources, manifest)
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        """Hugging Face folder of the tokenizer."""
-        return self.directory / "tokenizer"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, special tokens included."""
-        return self.manifest["vocab_size"]
-
-    def source(self, name: str) -> TokenizedSource:
-        """A source by name; UsageError with the names that exist."""
-        if name not in self.sources:
-            raise UsageError(f"the corpus has no source {name!r}; it has {', '.join(self.sources)}")
-        return self.sources[name]
-
-    def held_out_documents(
-        self, sources: Sequence[str], max_tokens: int | None
-    ) -> Iterator[tuple[str, int, np.ndarray, int]]:
-        """Whole held-out documents, in a fixed order that gives the sources equal shares of tokens while they last.
-
-        A smaller `max_tokens` gives a prefix of what a larger one gives.
-
-        Args:
-            sources: names.
-            max_tokens: stop once so many targets (a document's tokens but its first) were given; None for all documents.
-
-        Yields:
-            Source, document number in it, token ids, UTF-8 bytes of the text.
-        """
-        sides = {name: self.source(name).held_out for name in sources}
-        orders = {name: iter(np.argsort(side.ids, kind="stable").tolist()) for name, side in sides.items()}
-        given = dict.fromkeys(sides, 0)
-        while orders and (max_tokens is None or sum(given.values()) < max_tokens):
-            name = min(orders, key=lambda name: given[name])
-            index = next(orders[name], None)
-            if index is None:
-                del orders[name]
-                continue
-            ids = sides[name].document(index)
-            given[name] += len(ids) - 1
-            yield name, index, ids, int(sides[name].num_bytes[index])
+BLOCK_DOCUMENTS = 16
+READ_DOCUMENTS = 1 << 20
+"""A multiple of `BLOCK_DOCUMENTS`."""
 
 
 @dataclass(frozen=True)
@@ -360,20 +217,28 @@ class _TokenStream:
     def __init__(self, documents: TokenizedDocuments, name: str, seed: int) -> None:
         self._documents, self._name, self._seed = documents, name, seed
         self._last_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.num_tokens = len(documents.tokens)
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.diff(self._documents.offsets)
+        self.num_tokens = documents.num_tokens
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document numbers in the order of an epoch, and where each of them ends in it."""
+        """Document numbers in the order of an epoch, and where each block of `BLOCK_DOCUMENTS` of them ends in it.
+
+        The one thing that grows with the corpus and is held in memory: 4.5 bytes a document.
+        """
         if self._last_epoch is None or self._last_epoch[0] != epoch:
-            order = numpy_generator(self._seed, "documents", self._name, epoch).permutation(
-                len(self._documents)
-            )
-            self._last_epoch = (epoch, order, np.cumsum(self._lengths[order]))
+            num_documents = len(self._documents)
+            order = np.arange(num_documents, dtype=np.uint32 if num_documents < 1 << 32 else np.int64)
+            numpy_generator(self._seed, "documents", self._name, epoch).shuffle(order)
+            block_tokens: list[np.ndarray] = []
+            for start in range(0, num_documents, READ_DOCUMENTS):
+                _, lengths = self._places(order[start : start + READ_DOCUMENTS])
+                block_tokens.append(np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK_DOCUMENTS)))
+            self._last_epoch = (epoch, order, np.cumsum(np.concatenate(block_tokens)))
         return self._last_epoch[1:]
+
+    def _places(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents begin, and their lengths."""
+        starts = self._documents.offsets[chosen]
+        return starts, self._documents.offsets[chosen + 1] - starts
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `start` to `stop` of the stream, and for each a number that is its document's in its epoch alone."""
@@ -382,14 +247,16 @@ class _TokenStream:
         while start < stop:
             epoch, begin = divmod(start, self.num_tokens)
             end = min(self.num_tokens, begin + stop - start)
-            order, ends = self._epoch_order(epoch)
-            first, last = np.searchsorted(ends, [begin, end - 1], side="right")
-            chosen = order[first : last + 1]
-            document_starts = ends[first : last + 1] - self._lengths[chosen]
-            clipped = np.minimum(ends[first : last + 1], end) - np.maximum(document_starts, begin)
-            shift = np.repeat(self._documents.offsets[chosen] - document_starts, clipped)
-            tokens.append(self._documents.tokens[np.arange(begin, end) + shift])
-            number = np.arange(first, last + 1) + epoch * len(order)
-            instances.append(np.repeat(number, clipped))
+            order, block_ends = self._epoch_order(epoch)
+            first, last = np.searchsorted(block_ends, [begin, end - 1], side="right")
+            numbers = np.arange(first * BLOCK_DOCUMENTS, min((last + 1) * BLOCK_DOCUMENTS, len(order)))
+            places, lengths = self._places(order[numbers])
+            ends = np.cumsum(lengths) + (block_ends[first - 1] if first else 0)
+            # of each document, what lies between begin and end
+            skipped = np.maximum(begin - (ends - lengths), 0)
+            taken = np.minimum(ends, end) - (ends - lengths) - skipped
+            some = taken > 0
+            tokens.append(self._documents.gather((places + skipped)[some], taken[some]))
+            instances.append(np.repeat(numbers[some] + epoch * len(order), taken[some]))
             start += end - begin
         return np.concatenate(tokens), np.concatenate(instances)

@@ -1,45 +1,52 @@
 """The data stage: train a tokenizer, tokenize every source, write the corpus that all arms of a study read.
 
-corpus/manifest.json                    the config, and what each source came to
-corpus/tokenizer/                       Hugging Face folder
-corpus/sources/<name>/<side>.tokens.npy      all documents of one side (train or held_out), concatenated
-corpus/sources/<name>/<side>.offsets.npy     [documents + 1] where each begins
-corpus/sources/<name>/<side>.bytes.npy       [documents] UTF-8 bytes
-corpus/sources/<name>/<side>.ids.npy         [documents] hash of the text
+A corpus is made as `<folder>.partial`, where `manifest.partial.json` makes it safe to kill at any moment: it says how far each source
+is, and is replaced only once all that it counts is on the disk. What comes after is cut off and written again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import json
 import os
 import platform
 import shutil
-from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rlprior.config import UsageError, differing_keys, encode
+from rlprior.config import RunError, UsageError, differing_keys, encode
 from rlprior.data.config import DataConfig, SourceConfig
-from rlprior.data.documents import Document, read_documents, source_files
-from rlprior.data.packing import Corpus
+from rlprior.data.corpus import SIDES, Corpus, DocumentWriter
+from rlprior.data.documents import Document, config_path, read_documents, source_files
 from rlprior.data.tokenizer import (
     encode_documents,
+    frame_documents,
     load_tokenizer,
     save_tokenizer,
     token_dtype,
     train_tokenizer,
 )
-from rlprior.runs import Run, disk_errors, file_hash, sync_directory, write_json
-from rlprior.tasks.config import resolve_path
+from rlprior.processes import open_pool, started_without_interrupts
+from rlprior.runs import Run, code_fingerprint, disk_errors, sync_directory, write_json
 
 CODE = ("rlprior.data", "rlprior.tasks", "rlprior.seeding")
-SIDES = ("train", "held_out")
 BATCH_CHARACTERS = 2_000_000
+COMMIT_TOKENS = 1 << 24
+"""New tokens after which the disk's state goes on record: what a killed process loses, about 10 seconds of one core."""
+
+Batch = Sequence[tuple[Document, bool]]
+"""Documents, and whether each is held out."""
+
+PARTIAL = "manifest.partial.json"
 
 Progress = Callable[[str, int], None]
 """Called with what is being done (`tokenizer`, or a source's name) and the bytes of text read for it so far."""
@@ -76,14 +83,15 @@ def input_files(config: DataConfig) -> dict[str, Path]:
         for number, path in enumerate(source_files(source, config))
     }
     if config.tokenizer.path is not None:
-        files["tokenizer"] = _tokenizer_path(config.tokenizer.path, config)
+        files["tokenizer"] = config_path(config.tokenizer.path, config)
     return files
 
 
 def prepare(config: DataConfig, directory: Path, progress: Progress | None = None) -> None:
-    """Write the corpus of `config` as `directory`: aside first, then renamed, so that it is there whole or not at all.
+    """Write the corpus of `config` as `directory`, which is there whole or not at all.
 
-    A corpus of the same config that is there already is kept.
+    A corpus of the same config that is there already is kept. An attempt that was killed or found the disk full is gone on with,
+    unless a file that it read has changed. The bytes at the end are those of a single attempt, for any `num_workers`.
 
     Args:
         directory: the new folder; its parent is made.
@@ -91,21 +99,17 @@ def prepare(config: DataConfig, directory: Path, progress: Progress | None = Non
 
     Raises:
         UsageError: `directory` holds something else, or the config names what does not exist.
-        RunError: content that cannot be used, or a full disk.
+        RunError: content that cannot be used, a full disk, or a tokenizing process that was killed.
     """
     if directory.exists():
         _check_same_config(config, directory)
         return
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with disk_errors(directory):
-            aside.mkdir(parents=True)
-            _write_corpus(config, aside, progress or (lambda phase, num_bytes: None))
-            aside.rename(directory)
-            sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    aside = directory.with_name(f"{directory.name}.partial")
+    with disk_errors(directory):
+        _Attempt(config, aside, progress or (lambda phase, num_bytes: None)).run()
+        (aside / PARTIAL).unlink(missing_ok=True)
+        aside.rename(directory)
+        sync_directory(directory.parent)
 
 
 def _check_same_config(config: DataConfig, directory: Path) -> None:
@@ -117,33 +121,170 @@ def _check_same_config(config: DataConfig, directory: Path) -> None:
 
 
 def _plain_config(config: DataConfig) -> dict[str, Any]:
-    """The config as plain data, without the folder that its paths are relative to: a moved folder is the same data."""
-    return {key: value for key, value in encode(config).items() if key != "data_dir"}
+    """The config as plain data, without what changes no byte: the folder that paths are relative to, the number of workers."""
+    return {key: value for key, value in encode(config).items() if key not in ("data_dir", "num_workers")}
 
 
-def _write_corpus(config: DataConfig, directory: Path, progress: Progress) -> None:
-    tokenizer = _make_tokenizer(config, progress)
-    save_tokenizer(tokenizer, directory / "tokenizer")
-    sources = {
-        source.name: _write_source(source, config, tokenizer, directory / "sources" / source.name, progress)
-        for source in config.sources
-    }
-    manifest = {
-        "config": _plain_config(config),
-        "python": platform.python_version(),
-        "vocab_size": len(tokenizer),
-        "sources": sources,
-    }
-    write_json(directory / "manifest.json", manifest)
+def _file_stamps(config: DataConfig) -> dict[str, list[int]]:
+    """Size and time of the last change of each file that the corpus depends on."""
+    stamps: dict[str, list[int]] = {}
+    for name, path in input_files(config).items():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                stamps[f"{name}, {file.name}"] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return stamps
 
 
-def _tokenizer_path(path: str, config: DataConfig) -> Path:
-    return resolve_path(path, Path(config.data_dir) if config.data_dir else None)
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+class _Attempt:
+    """A corpus in the making. `_state` is what `manifest.partial.json` holds, from the last commit on ahead of it."""
+
+    def __init__(self, config: DataConfig, directory: Path, report: Progress) -> None:
+        self._config, self._directory, self._report = config, directory, report
+        origin = {
+            "config": _plain_config(config),
+            "python": platform.python_version(),
+            "code": code_fingerprint(CODE),
+            "files": _file_stamps(config),
+        }
+        self._state = _read_json(directory / PARTIAL)
+        if {key: self._state.get(key) for key in origin} != origin:
+            self._state = {**origin, "sources": {}}
+
+    def run(self) -> None:
+        """Make all of it, or go on from the last commit. An attempt that fails before the first one leaves nothing behind."""
+        if _read_json(self._directory / "manifest.json").get("config") == self._state["config"]:
+            return
+        try:
+            self._write_corpus()
+        except BrokenProcessPool:
+            raise RunError(
+                f"{self._directory}: a tokenizing process was killed, perhaps for want of memory; run the same command again to go on"
+            ) from None
+        finally:
+            if not self._state["sources"]:
+                shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _write_corpus(self) -> None:
+        if not self._state["sources"]:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True)
+            save_tokenizer(_make_tokenizer(self._config, self._report), self._directory / "tokenizer")
+        self._tokenizer = load_tokenizer(self._directory / "tokenizer")
+        with contextlib.ExitStack() as stack:
+            num_workers = self._config.num_workers
+            self._pool = (
+                stack.enter_context(open_pool(num_workers, num_threads=1)) if num_workers > 1 else None
+            )
+            for source in self._config.sources:
+                self._write_source(source)
+        records = self._state["sources"]
+        manifest = {
+            "config": self._state["config"],
+            "python": self._state["python"],
+            "vocab_size": len(self._tokenizer),
+            "sources": {name: {side: record[side] for side in SIDES} for name, record in records.items()},
+        }
+        write_json(self._directory / "manifest.json", manifest)
+
+    def _write_source(self, source: SourceConfig) -> None:
+        record = self._state["sources"].get(source.name, {"documents_read": 0, "bytes_read": 0})
+        if record.get("is_finished"):
+            return
+        directory = self._directory / "sources" / source.name
+        directory.mkdir(parents=True, exist_ok=True)
+        dtype = token_dtype(len(self._tokenizer))
+        with contextlib.ExitStack() as stack:
+            writers: list[DocumentWriter] = []
+            for side in SIDES:
+                writer = stack.enter_context(DocumentWriter(directory, side, dtype, record.get(side)))
+                record[side] = writer.record
+                writers.append(writer)
+            self._append_documents(source, record, writers)
+            for writer in writers:
+                writer.finish()
+        self._commit(source, record | {"is_finished": True})
+
+    def _append_documents(
+        self, source: SourceConfig, record: dict[str, Any], writers: Sequence[DocumentWriter]
+    ) -> None:
+        """Tokenize the rest of a source. Held-out documents are distinct: copies of one would count it several times."""
+        held_out_ids = writers[1].read_ids()
+        num_committed = sum(writer.record["tokens"] for writer in writers)
+        with contextlib.closing(read_documents(source, self._config)) as documents:
+            unread = itertools.islice(documents, record["documents_read"], None)
+            for batch, tokenized in self._tokenize(source, _batched(unread)):
+                for (document, held_out), token_ids in zip(batch, tokenized, strict=True):
+                    num_bytes = len(document.text.encode())
+                    record["documents_read"] += 1
+                    record["bytes_read"] += num_bytes
+                    if held_out and document.id in held_out_ids:
+                        continue
+                    if held_out:
+                        held_out_ids.add(document.id)
+                    writers[held_out].append(token_ids, num_bytes=num_bytes, text_id=document.id)
+                num_tokens = sum(writer.record["tokens"] for writer in writers)
+                if num_tokens - num_committed >= COMMIT_TOKENS:
+                    for writer in writers:
+                        writer.sync()
+                    self._commit(source, record)
+                    num_committed = num_tokens
+                self._report(source.name, record["bytes_read"])
+
+    def _commit(self, source: SourceConfig, record: dict[str, Any]) -> None:
+        sources = {**self._state["sources"], source.name: record}
+        write_json(self._directory / PARTIAL, {**self._state, "sources": sources})
+        self._state["sources"] = sources
+
+    def _tokenize(
+        self, source: SourceConfig, batches: Iterator[Batch]
+    ) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+        """Batches in their order, with the token ids of each document; the workers are some batches ahead."""
+        pool = None if source.kind == "megatron" else self._pool  # ids are framed sooner than they are sent
+        if pool is None:
+            for batch in batches:
+                yield batch, _token_ids(self._tokenizer, batch)
+            return
+        ahead: deque[tuple[Batch, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+        for batch in batches:
+            with started_without_interrupts():
+                future = pool.submit(_token_ids_apart, self._directory / "tokenizer", batch)
+            ahead.append((batch, future))
+            if len(ahead) > 2 * self._config.num_workers:
+                yield _collected(*ahead.popleft())
+        while ahead:
+            yield _collected(*ahead.popleft())
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast, batch: Batch) -> list[np.ndarray]:
+    given = [document.token_ids for document, _ in batch if document.token_ids is not None]
+    if given:  # all documents of a source come tokenized, or none
+        return frame_documents(tokenizer, given)
+    return encode_documents(tokenizer, [document.text for document, _ in batch])
+
+
+def _token_ids_apart(tokenizer: Path, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a batch, concatenated, and where each document but the first begins: quicker to send than many arrays."""
+    documents = _token_ids(_worker_tokenizer(tokenizer), batch)
+    return np.concatenate(documents), np.cumsum([len(ids) for ids in documents[:-1]], dtype=np.int64)
+
+
+@functools.cache
+def _worker_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    return load_tokenizer(directory)
+
+
+def _collected(batch: Batch, future: Future[tuple[np.ndarray, np.ndarray]]) -> tuple[Batch, list[np.ndarray]]:
+    return batch, np.split(*future.result())
 
 
 def _make_tokenizer(config: DataConfig, progress: Progress) -> PreTrainedTokenizerFast:
     if config.tokenizer.path is not None:
-        return load_tokenizer(_tokenizer_path(config.tokenizer.path, config))
+        return load_tokenizer(config_path(config.tokenizer.path, config))
     return train_tokenizer(_training_texts(config, progress), config.tokenizer.vocab_size)
 
 
@@ -164,36 +305,7 @@ def _training_texts(config: DataConfig, progress: Progress) -> Iterator[str]:
         progress("tokenizer", total)
 
 
-def _write_source(
-    source: SourceConfig,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Tokenize one source. Held-out documents are distinct: copies of one would count it several times."""
-    directory.mkdir(parents=True)
-    dtype = token_dtype(len(tokenizer))
-    held_out_ids: set[str] = set()
-    num_bytes = 0
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_DocumentWriter(directory, side, dtype)) for side in SIDES]
-        for batch in _batched(read_documents(source, config)):
-            encoded = encode_documents(tokenizer, [document.text for document, _ in batch])
-            for (document, held_out), token_ids in zip(batch, encoded, strict=True):
-                num_bytes += len(document.text.encode())
-                if held_out and document.id in held_out_ids:
-                    continue
-                if held_out:
-                    held_out_ids.add(document.id)
-                writers[held_out].append(document, token_ids)
-            progress(source.name, num_bytes)
-    return {side: writer.finish() for side, writer in zip(SIDES, writers, strict=True)}
-
-
-def _batched(
-    documents: Iterator[tuple[Document, bool]],
-) -> Iterator[Sequence[tuple[Document, bool]]]:
+def _batched(documents: Iterator[tuple[Document, bool]]) -> Iterator[Batch]:
     """Documents in batches large enough to keep the tokenizer busy and small enough to hold in memory."""
     size = 0
 
@@ -204,56 +316,3 @@ def _batched(
 
     for _, group in itertools.groupby(documents, key=batch_number):
         yield list(group)
-
-
-class _DocumentWriter:
-    """Appends documents to the four files of one side; the tokens never have to fit in memory."""
-
-    def __init__(self, directory: Path, side: str, dtype: np.dtype[Any]) -> None:
-        self._directory, self._side, self._dtype = directory, side, dtype
-        self._offsets, self._num_bytes, self._ids = array("q", [0]), array("q"), list[str]()
-        self._file: IO[bytes] | None = None
-
-    def _path(self, name: str) -> Path:
-        return self._directory / f"{self._side}.{name}.npy"
-
-    def _write_header(self, file: IO[bytes], num_tokens: int) -> None:
-        # NumPy pads this header for a first axis of any length, so that it can be written again in place.
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (num_tokens,),
-        }
-        np.lib.format.write_array_header_1_0(file, header)
-
-    def __enter__(self) -> _DocumentWriter:
-        self._file = self._path("tokens").open("wb")
-        self._write_header(self._file, 0)
-        return self
-
-    def append(self, document: Document, token_ids: np.ndarray) -> None:
-        assert self._file is not None
-        self._file.write(token_ids.tobytes())
-        self._offsets.append(self._offsets[-1] + len(token_ids))
-        self._num_bytes.append(len(document.text.encode()))
-        self._ids.append(document.id)
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        with self._file:
-            self._file.seek(0)
-            self._write_header(self._file, self._offsets[-1])
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def finish(self) -> dict[str, Any]:
-        """Write the other files; what the side came to, for the manifest."""
-        np.save(self._path("offsets"), np.array(self._offsets, dtype=np.int64))
-        np.save(self._path("bytes"), np.array(self._num_bytes, dtype=np.int64))
-        np.save(self._path("ids"), np.array(self._ids, dtype="S16"))
-        return {
-            "documents": len(self._ids),
-            "tokens": self._offsets[-1],
-            "bytes": sum(self._num_bytes),
-            "sha256": file_hash(self._path("tokens")),
-        }

@@ -114,6 +114,28 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     return [np.array([first, *encoding.ids, last], dtype=dtype) for encoding in encodings]
 
 
+def decode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[np.ndarray]) -> list[str]:
+    """Texts of documents, special tokens left out."""
+    ids = [document.tolist() for document in documents]
+    return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
+
+
+def frame_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Token ids of documents that come tokenized, each between its first token and <|eos|>, whether it came with them or not.
+
+    Returns:
+        One array a document, uint16 where the vocabulary fits, else uint32.
+    """
+    dtype = token_dtype(len(tokenizer))
+    first, last = first_token_id(tokenizer), tokenizer.eos_token_id
+    framed: list[np.ndarray] = []
+    for ids in documents:
+        begin = 1 if len(ids) and ids[0] == first else 0
+        end = len(ids) - 1 if len(ids) > begin and ids[-1] == last else len(ids)
+        framed.append(np.array([first, *ids[begin:end].tolist(), last], dtype=dtype))
+    return framed
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Smallest unsigned type that the corpus uses for ids below `vocab_size`."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)

@@ -140,14 +140,13 @@ def unigram_cross_entropy(
 ) -> list[float]:
     """Summed cross-entropy, a document, of the unigram model of the sources' training text with one count added to every token.
 
-    The floor that a language model has to beat: it knows how frequent tokens are, and no context. Where the sources have no training
-    text (evaluation only), it is counted on the whole corpus's. A document's first token is never predicted and not counted.
+    The floor that a language model has to beat: it knows how frequent tokens are, and no context. Where the sources have no
+    training text (evaluation only), it is counted on the whole corpus's. A document's first token is never predicted and not
+    counted. Of a source with several shards, the first one is counted.
     """
     trained = [name for name in sources if len(corpus.sources[name].train)] or list(corpus.sources)
     counts = np.ones(corpus.vocab_size)
     for name in trained:
-        train = corpus.sources[name].train
-        counts += np.bincount(train.tokens, minlength=corpus.vocab_size)
-        counts -= np.bincount(train.tokens[train.offsets[:-1]], minlength=corpus.vocab_size)
+        counts += corpus.sources[name].train.target_counts(corpus.vocab_size)
     nll_nats = -np.log(counts / counts.sum())
     return [float(nll_nats[document.token_ids[1:]].sum()) for document in documents]

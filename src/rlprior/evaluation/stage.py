@@ -31,6 +31,7 @@ CODE = (
     "rlprior.samples",
     "rlprior.objectives",
     "rlprior.models",
+    "rlprior.data.corpus",
     "rlprior.data.packing",
     "rlprior.data.tokenizer",
     "rlprior.seeding",
