@@ -35,7 +35,14 @@ from rlprior.training.schedule import ScheduleConfig, learning_rate
 from rlprior.training.update import OptimizerConfig, Updater
 from rlprior.world import ALONE, World
 
-CODE = ("rlprior.training", "rlprior.objectives", "rlprior.models", "rlprior.data.packing", "rlprior.seeding")
+CODE = (
+    "rlprior.training",
+    "rlprior.objectives",
+    "rlprior.models",
+    "rlprior.data.corpus",
+    "rlprior.data.packing",
+    "rlprior.seeding",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
