@@ -100,9 +100,7 @@ def _compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         ours["tokens_per_second"] / theirs["tokens_per_second"]
         for ours, theirs in zip(found["rlprior"], found["trainer"], strict=True)
     ]
-    medians = {
-        side: statistics.median(one["tokens_per_second"] for one in found[side]) for side in SIDES
-    }
+    medians = {side: statistics.median(one["tokens_per_second"] for one in found[side]) for side in SIDES}
     peaks = {side: statistics.median(one["peak_bytes"] for one in found[side]) for side in SIDES}
     return {
         "case": vars(case),

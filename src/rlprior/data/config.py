@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Literal
 
+from rlprior.config import HOW
 from rlprior.tasks.config import TaskConfig
 
 SourceKind = Literal[
@@ -122,7 +123,7 @@ class DataConfig:
     held_out_fraction: float = 0.05
     seed: int = 0
     data_dir: str | None = None
-    num_workers: int = 1
+    num_workers: int = field(default=1, metadata=HOW)
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

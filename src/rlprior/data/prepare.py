@@ -122,7 +122,7 @@ def _check_same_config(config: DataConfig, directory: Path) -> None:
 
 def _plain_config(config: DataConfig) -> dict[str, Any]:
     """The config as plain data, without what changes no byte: the folder that paths are relative to, the number of workers."""
-    return {key: value for key, value in encode(config).items() if key not in ("data_dir", "num_workers")}
+    return {key: value for key, value in encode(config, with_how=False).items() if key != "data_dir"}
 
 
 def _file_stamps(config: DataConfig) -> dict[str, list[int]]:

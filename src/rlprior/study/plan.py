@@ -113,9 +113,7 @@ def plan_data(data: DataConfig, root: Path, data_dir: str | None) -> PlannedRun:
     """The run that prepares a corpus, in a folder of `root`; `data_dir` is where its paths start unless it names its own."""
     data = replace(data, data_dir=data.data_dir or data_dir)
     inputs = {name: input_identity(path) for name, path in prepare.input_files(data).items()}
-    return plan_run(
-        "data", data, label="data", root=root, inputs={"data_dir": "", "num_workers": "", **inputs}
-    )
+    return plan_run("data", data, label="data", root=root, inputs={"data_dir": "", **inputs})
 
 
 def _plan_arm(config: StudyConfig, root: Path, data: PlannedRun, arm: str, seed: int) -> list[PlannedRun]:
