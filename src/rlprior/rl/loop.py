@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlprior.models.causal_lm import head_weight, load_model, load_tokenizer
+from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
 from rlprior.objectives import CrossEntropy, linear_shaped_cross_entropy
 from rlprior.rl.config import RLConfig
 from rlprior.rl.grpo import clipped_policy_loss, group_advantages
@@ -76,6 +77,8 @@ def run(config: RLRunConfig, run: Run) -> Path:
     checkpoint = last_good_checkpoint(run.directory)
     longest = rl.max_new_tokens(rl.num_steps) + 1024
     model: Any = load_model(checkpoint.directory if checkpoint else start, max_positions=longest).train()
+    if is_onednn_faster():
+        multiply_with_onednn(model)
     tokenizer = load_tokenizer(start)
     prompts = PromptStream(_training_problems(config), tokenizer, config.seed)
     updater = Updater(model, rl.optimizer)

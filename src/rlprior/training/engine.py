@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from rlprior.config import UsageError
 from rlprior.data.packing import PackedBatch, attention_mask
 from rlprior.models.causal_lm import head_weight, packed_hidden_states
+from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
 from rlprior.objectives import Objective, linear_shaped_cross_entropy
 from rlprior.world import World
 
@@ -125,6 +126,8 @@ def prepare_model(model: Any, config: EngineConfig, precision: Precision, world:
     if precision == "auto":
         precision = "bfloat16" if world.device_type == "cuda" else "float32"
     dtype = getattr(torch, precision)
+    if world.device_type == "cpu" and dtype == torch.float32 and not config.compile and is_onednn_faster():
+        multiply_with_onednn(model)
     if config.activation_checkpointing != "none":
         options = _recomputation(config.activation_checkpointing)
         for layer in _layers(model):
@@ -180,6 +183,7 @@ def _shard(module: LanguageModelLoss, config: EngineConfig, world: World, dtype:
 
 KEPT_BY_SELECTIVE_CHECKPOINTING = (
     torch.ops.aten.mm.default,
+    torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
