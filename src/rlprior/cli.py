@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         [
             "rlprior train train.toml --out runs/ce",
             "torchrun --nproc-per-node 8 -m rlprior train train.toml --out runs/ce",
+            "rlprior train train.toml --out runs/ce --track tensorboard wandb",
             "rlprior train train.toml --out runs/sharp --training.objective='{name=\"reward_shaping\", beta=-0.25}'",
         ],
     ),
@@ -63,6 +64,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0 (after SIGTERM too), 1 for a failure, 2 for a usage error, 130 when interrupted."""
     from rlprior.runs import RunStopped
+    from rlprior.tracking import require_packages
 
     try:
         known, rest = _build_parser().parse_known_args(arguments)
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(
             f"rlprior: warning: {message}", file=sys.stderr
         )
+        require_packages(getattr(known, "track", ()))
         with _termination_as_interrupt():
             return _RUN[known.command](known, overrides)
     except UsageError as error:
@@ -132,6 +135,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser() -> argparse.ArgumentParser:
     import rlprior
+    from rlprior.tracking import TRACKERS
 
     parser = _Parser(
         prog="rlprior",
@@ -172,6 +176,15 @@ def _build_parser() -> argparse.ArgumentParser:
         )
         parsers[name].add_argument(
             "--threads", type=int, default=1, metavar="N", help="threads of each (default: 1)"
+        )
+    for name in ("demo", "study", "train", "rl"):
+        parsers[name].add_argument(
+            "--track",
+            nargs="+",
+            default=(),
+            choices=tuple(TRACKERS),
+            metavar="NAME",
+            help=f"send the metrics elsewhere too: {', '.join(TRACKERS)}",
         )
     for name in ("demo", "study", "train", "rl", "evaluate"):
         parsers[name].add_argument(
@@ -224,7 +237,7 @@ def _run_study(known: argparse.Namespace, overrides: list[str]) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     command = "rlprior " + " ".join(sys.argv[1:])
     write_study_file(config, directory, plan, command=command)
-    _execute(plan, num_workers=known.workers, num_threads=known.threads)
+    _execute(plan, known)
     write_study_file(config, directory, plan, command=command)
     report = write_report(directory, directory / "report.html")
     _print_stage_times(plan)
@@ -329,7 +342,7 @@ def _run_alone(plan: list[PlannedRun], known: argparse.Namespace) -> int:
         if (world.is_main and _describe_plan(plan, known, num_workers=1)) or known.dry_run:
             return 0
         for planned in plan:
-            show_alone(planned, world)
+            show_alone(planned, world, getattr(known, "track", ()))
         if world.is_main:
             print(f"outputs: {plan[-1].directory}")
     return 0
@@ -343,17 +356,18 @@ def _describe_plan(plan: Sequence[PlannedRun], known: argparse.Namespace, *, num
     return known.dry_run
 
 
-def _execute(plan: Sequence[PlannedRun], *, num_workers: int, num_threads: int) -> None:
+def _execute(plan: Sequence[PlannedRun], known: argparse.Namespace) -> None:
     from rlprior.study.progress import StudyDisplay
     from rlprior.study.runner import execute_plan
 
     with StudyDisplay(plan) as display:
         execute_plan(
             plan,
-            num_workers=num_workers,
-            threads_per_worker=num_threads,
+            num_workers=known.workers,
+            threads_per_worker=known.threads,
             on_change=display.update,
             on_finish=display.finish,
+            track=known.track,
         )
 
 

@@ -33,6 +33,7 @@ from typing import IO, Any
 import tomli_w
 
 from rlprior.config import RunError, UsageError, differing_keys, encode, fingerprint
+from rlprior.tracking import TrackedRun, Trackers
 from rlprior.world import ALONE, World
 
 _AGAIN = "free some space and run the same command again, it goes on from the last checkpoint"
@@ -229,7 +230,7 @@ def catch_termination() -> Iterator[Callable[[], bool]]:
 class Run:
     """An open run directory. Use it as a context manager: it holds the directory's lock.
 
-    Of several processes the first holds the lock and writes; on the others nothing is written.
+    Of several processes the first holds the lock, writes and tracks; on the others nothing is written.
 
     Raises:
         UsageError: the directory belongs to another run, or another process is writing it.
@@ -245,6 +246,7 @@ class Run:
     _entered: float = field(default=0.0, repr=False)
     world: World = field(default=ALONE, repr=False)
     on_progress: Callable[[Progress], None] | None = field(default=None, repr=False)
+    trackers: Trackers = field(default_factory=lambda: Trackers(()), repr=False)
 
     def __enter__(self) -> Run:
         self.world.on_main(self._open)
@@ -297,7 +299,10 @@ class Run:
         path = self.directory / "sessions.jsonl"
         with contextlib.suppress(OSError, RunError):
             _write_jsonl(path, [*read_jsonl(path), {"seconds": time.perf_counter() - self._entered}])
-        self._close()
+        try:
+            self.trackers.close(is_finished=self.result is not None)
+        finally:
+            self._close()
 
     def _close(self) -> None:
         for file in (self._metrics, self._timing, self._lock):
@@ -322,11 +327,20 @@ class Run:
         self.world.on_main(lambda: self._open_metrics(last_step))
 
     def _open_metrics(self, last_step: int) -> None:
+        kept: dict[int, dict[str, Any]] = {}
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self.directory / name
-            _write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= last_step])
+            records = [record for record in read_jsonl(path) if record["step"] <= last_step]
+            _write_jsonl(path, records)
+            for record in records:
+                kept.setdefault(record["step"], {}).update(record)
         self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._timing = (self.directory / "timing.jsonl").open("a", encoding="utf-8")
+        config = {"stage": self.identity.stage, **encode(self.config)}
+        tracked = TrackedRun(
+            id=self.identity.id, directory=self.directory, config=config, first_step=last_step + 1
+        )
+        self.trackers.open(tracked, list(kept.values()))
 
     def log(self, record: Mapping[str, Any], *, timing: Mapping[str, float] | None = None) -> None:
         """Append one record, which has a `step`, to the metrics, and its wall-clock figures to the timing."""
@@ -340,6 +354,7 @@ class Run:
             if timing:
                 self._timing.write(json.dumps({"step": record["step"], **timing}) + "\n")
                 self._timing.flush()
+        self.trackers.log({**record, **(timing or {})})
 
     def progress(self, done: int, total: int, *, unit: str, rate: float = 0.0, note: str = "") -> None:
         """Say how far the run is; at most twice a second reaches the disk. `rate` is in units a second."""

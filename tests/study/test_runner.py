@@ -58,7 +58,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception] | None
     """Have runs executed by `finish`, those in `errors` fail; the labels in the order of execution."""
     executed: list[str] = []
 
-    def execute(planned: PlannedRun) -> Path:
+    def execute(planned: PlannedRun, *, track: Sequence[str]) -> Path:
         executed.append(planned.label)
         if errors and planned.label in errors:
             raise errors[planned.label]

@@ -106,7 +106,7 @@ class StudyDisplay:
             self.console.print(f"\\[{format_seconds(elapsed)}] " + "; ".join([*lines, left]), highlight=False)
 
 
-def show_alone(run: PlannedRun, world: World) -> None:
+def show_alone(run: PlannedRun, world: World, track: Sequence[str]) -> None:
     """Make one run in the world's processes, the first of which shows a bar or a line every minute."""
     console = Console(quiet=not world.is_main)
     if run.is_done:
@@ -124,5 +124,5 @@ def show_alone(run: PlannedRun, world: World) -> None:
                 last_line = time.monotonic()
                 console.print(f"{run.label}: {describe(progress)}", highlight=False)
 
-        execute(run, show, world)
+        execute(run, show, world, track)
     console.print(f"{run.label}: done", highlight=False)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlprior.processes import open_pool, started_without_interrupts
 from rlprior.runs import Progress, Run, hardware, provenance, session_seconds, write_json
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import DISTRIBUTED_STAGES, STAGES, PlannedRun, describe_model
+from rlprior.tracking import Trackers
 from rlprior.world import ALONE, World
 
 
@@ -22,10 +24,18 @@ def execute(
     planned: PlannedRun,
     on_progress: Callable[[Progress], None] | None = None,
     world: World = ALONE,
+    track: Sequence[str] = (),
 ) -> Path:
     """Make one run in this process and the others of the world, or go on with it; does nothing where it is done.
 
-    Returns its directory.
+    Args:
+        planned: the run.
+        on_progress: told how far it is.
+        world: the processes that share it.
+        track: names of the trackers that its metrics are sent to.
+
+    Returns:
+        Its directory.
     """
     if planned.stage not in DISTRIBUTED_STAGES:
         # by the file and not in a collective call, which gives up after some minutes
@@ -34,7 +44,12 @@ def execute(
         world = ALONE
     if not world.on_main(lambda: planned.is_done):
         with Run(
-            planned.directory, planned.identity, planned.config, world=world, on_progress=on_progress
+            planned.directory,
+            planned.identity,
+            planned.config,
+            world=world,
+            on_progress=on_progress,
+            trackers=Trackers(track),
         ) as run:
             STAGES[planned.stage].run(planned.config, run)
     return planned.directory
@@ -47,6 +62,7 @@ def execute_plan(
     threads_per_worker: int,
     on_change: Callable[[Sequence[PlannedRun], Sequence[PlannedRun]], None],
     on_finish: Callable[[PlannedRun], None],
+    track: Sequence[str] = (),
 ) -> None:
     """Make every missing run, the ones on the longest way to the end first.
 
@@ -56,6 +72,7 @@ def execute_plan(
         threads_per_worker: torch threads of each; the same number gives the same bytes.
         on_change: called about twice a second with the runs in progress and those that wait.
         on_finish: called once for each run that finishes.
+        track: names of the trackers that the runs' metrics are sent to.
 
     Raises:
         RunError, UsageError: of the first run that failed, after the runs that do not need it are finished.
@@ -65,10 +82,11 @@ def execute_plan(
     pending.sort(key=lambda planned: -urgency[planned.directory])
     running: dict[Future[Path], PlannedRun] = {}
     failures: list[tuple[PlannedRun, BaseException]] = []
+    make = partial(execute, track=track)
     try:
         with open_pool(num_workers, threads_per_worker) as pool:
             while pending or running:
-                _submit_ready(plan, pending, running, pool, num_workers)
+                _submit_ready(plan, pending, running, pool, num_workers, make)
                 if not running:
                     break  # what is left needs a run that failed
                 for planned, error in _collect_done(running):
@@ -92,12 +110,13 @@ def _submit_ready(
     running: dict[Future[Path], PlannedRun],
     pool: ProcessPoolExecutor,
     num_workers: int,
+    make: Callable[[PlannedRun], Path],
 ) -> None:
     finished = {planned.directory for planned in plan if planned.is_done}
     ready = [planned for planned in pending if finished.issuperset(planned.needs)]
     for planned in ready[: num_workers - len(running)]:
         with started_without_interrupts():
-            running[pool.submit(execute, planned)] = planned
+            running[pool.submit(make, planned)] = planned
         pending.remove(planned)
 
 
