@@ -50,6 +50,13 @@ class World:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.device_type)
 
+    @property
+    def device_name(self) -> str:
+        """What torch calls this process's GPU; 'cpu' where there is none."""
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device_type == "cuda" else "cpu"
+
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the processes, in float64; every process passes the same names."""
         if self.size == 1:

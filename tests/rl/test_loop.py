@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,19 @@ def test_the_length_schedule_shows_in_the_responses(policy: Path, tmp_path: Path
     planned = make_run("rl", RLRunConfig(rl=CONFIG.rl, init_from=str(policy)), tmp_path / "run")
     lengths = [record["response_tokens_p90"] for record in read_jsonl(planned.directory / "metrics.jsonl")]
     assert lengths == [6, 6, 8, 8]
+
+
+def test_the_documented_names_are_those_that_are_logged(policy: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
+    table, timing = text.split("## What is logged each step")[1].split("`timing.jsonl`")
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    run = make_run("rl", RLRunConfig(rl=CONFIG.rl, init_from=str(policy)), tmp_path)
+    records = read_jsonl(run.directory / "metrics.jsonl")
+    assert set().union(*records) == documented
+    for record in read_jsonl(run.directory / "timing.jsonl"):
+        assert record.keys() - {"step"} == {"rollout_tokens_per_second", "step_seconds"}
+        assert all(f"`{name}`" in timing for name in record.keys() - {"step"})
 
 
 def test_steps_without_a_group_are_counted_and_change_nothing(policy: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from rlprior.training.checkpoint import (
 )
 from rlprior.training.engine import EngineConfig, LanguageModelLoss, Precision, prepare_model
 from rlprior.training.schedule import ScheduleConfig, learning_rate
+from rlprior.training.spikes import SpikeCounter
+from rlprior.training.throughput import model_flops_per_token, peak_flops_per_second
 from rlprior.training.update import OptimizerConfig, Updater
 from rlprior.world import ALONE, World
 
@@ -157,16 +159,18 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
         world=world,
         in_background=training.engine.writes_in_background(world.device_type),
     )
+    spikes = SpikeCounter()
     first_step = 1
     tokens_before = tokens_seen(Path(config.init_from)) if config.init_from else 0
     if checkpoint:
         restore_optimizer(checkpoint.directory, model, updater.optimizer)
         updater.restore_counters(checkpoint.state)
+        spikes.restore(checkpoint.state)
         first_step = checkpoint.step + 1
     run.resume_metrics(first_step - 1)
     rows_per_step = training.batch_tokens // training.sequence_length
     last = checkpoint.directory if checkpoint else run.directory
-    log = _Log(run, training)
+    log = _Log(run, training, model_flops_per_token(model, training.sequence_length))
     with catch_termination() as is_asked_to_stop:
         for step in range(first_step, training.num_steps + 1):
             rate = learning_rate(training.schedule, step, training.num_steps)
@@ -181,16 +185,24 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
                 with_metrics=log.is_due(step),
                 world=world,
             )
-            if updater.num_skipped_in_a_row:
-                balancer.reset()
-            else:
-                measured |= balancer.update()
+            spikes.add(measured["loss"])
+            routed = _balance(balancer, updater)
             tokens = tokens_before + step * training.batch_tokens
-            counted = {"learning_rate": rate, "num_skipped": updater.num_skipped}
-            log.write(step, {"tokens": tokens, **measured, **counted})
+            log.write(
+                step,
+                {
+                    "tokens": tokens,
+                    "tokens_by_source": _tokens_by_source(mixture, step * rows_per_step),
+                    **measured,
+                    **routed,
+                    "learning_rate": rate,
+                    "num_skipped": updater.num_skipped,
+                    "num_spikes": spikes.num_spikes,
+                },
+            )
             is_stopped = world.any(is_asked_to_stop()) and step < training.num_steps
             if step % training.save_every == 0 or training.is_milestone(step) or is_stopped:
-                last = saver.save(step, {"tokens": tokens, **updater.counters})
+                last = saver.save(step, {"tokens": tokens, **updater.counters, **spikes.state})
             if is_stopped:
                 saver.finish()
                 raise RunStopped(step, training.num_steps)
@@ -199,17 +211,38 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     return last
 
 
+def _balance(balancer: ExpertBalancer, updater: Updater) -> dict[str, Any]:
+    """Move the biases after a step that counts; what there is to log of the routing, which is nothing for a dense model."""
+    if updater.num_skipped_in_a_row:
+        balancer.reset()
+        return {}
+    measured: dict[str, Any] = dict(balancer.update())
+    if measured:
+        measured["relative_load"] = [[round(load, 3) for load in layer] for layer in balancer.relative_load]
+    return measured
+
+
+def _tokens_by_source(mixture: PackedMixture, num_rows: int) -> dict[str, int]:
+    """Tokens of each source in the first rows."""
+    tokens = mixture.rows_before(num_rows) * mixture.sequence_length
+    return dict(zip(mixture.names, tokens.tolist(), strict=True))
+
+
 class _Log:
     """Metrics of every `log_every`-th step and of the last, with the speed since the one before."""
 
-    def __init__(self, run: Run, training: TrainingConfig) -> None:
+    def __init__(self, run: Run, training: TrainingConfig, flops_per_token: float | None) -> None:
         self.run, self.training = run, training
+        peak = peak_flops_per_second(run.world.device_name)
+        self.peak_tokens_per_second = (
+            run.world.size * peak / flops_per_token if peak and flops_per_token else None
+        )
         self.clock, self.num_steps = time.perf_counter(), 0
 
     def is_due(self, step: int) -> bool:
         return step % self.training.log_every == 0 or step == self.training.num_steps
 
-    def write(self, step: int, record: Mapping[str, float]) -> None:
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
         self.num_steps += 1
         if not self.is_due(step):
             return
@@ -217,7 +250,10 @@ class _Log:
         steps_per_second = self.num_steps / (now - self.clock)
         self.clock, self.num_steps = now, 0
         speed = steps_per_second * self.training.batch_tokens
-        self.run.log({"step": step, **record}, timing={"tokens_per_second": speed})
+        timing = {"tokens_per_second": speed}
+        if self.peak_tokens_per_second:
+            timing["mfu"] = speed / self.peak_tokens_per_second
+        self.run.log({"step": step, **record}, timing=timing)
         note = f"loss {record['cross_entropy_nats']:.3f}, {speed:,.0f} tokens/s"
         self.run.progress(step, self.training.num_steps, unit="steps", rate=steps_per_second, note=note)
 
