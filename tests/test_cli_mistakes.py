@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: in
             "arms.tail.objective: top_k must be an integer of at least 1, got 0",
         ),
         (["report", "."], "no study.json there; give the directory that `rlprior study` wrote"),
-        (["report", ".", "--a.b=1"], "'--a.b=1': a report has no settings"),
+        (["report", ".", "--a.b=1"], "'--a.b=1': 'rlprior report' has no settings"),
     ],
 )
 def test_a_wrong_command_is_told_in_one_line(

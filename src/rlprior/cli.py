@@ -54,11 +54,17 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
         ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
     ),
+    "watch": (
+        "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
+        ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
+    ),
     "report": (
         "write report.html of a study, finished or not",
         ["rlprior report runs/demo"],
     ),
 }
+
+WITHOUT_SETTINGS = ("watch", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,8 +127,8 @@ def _overrides(command: str, rest: Sequence[str]) -> list[str]:
                 f"{item!r} is not an option of 'rlprior {command}'; write --section.key=value for a setting, "
                 f"or see 'rlprior {command} --help'"
             )
-    if rest and command == "report":
-        raise UsageError(f"{rest[0]!r}: a report has no settings")
+    if rest and command in WITHOUT_SETTINGS:
+        raise UsageError(f"{rest[0]!r}: 'rlprior {command}' has no settings")
     return [item.removeprefix("--") for item in rest]
 
 
@@ -150,7 +156,7 @@ def _build_parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"examples:\n{lines}" + ("" if name == "report" else f"\n\n{OVERRIDES}"),
+            epilog=f"examples:\n{lines}" + ("" if name in WITHOUT_SETTINGS else f"\n\n{OVERRIDES}"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -162,6 +168,12 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["evaluate"].add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     parsers["evaluate"].add_argument(
         "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
+    )
+    parsers["watch"].add_argument(
+        "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
+    )
+    parsers["watch"].add_argument(
+        "--once", action="store_true", help="print what there is and stop, as where the output is no terminal"
     )
     parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
     parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
@@ -323,6 +335,14 @@ def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
     return code
 
 
+def _run_watch(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.study.watch_view import watch
+
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(known.directory, is_once=known.once)
+    return 0
+
+
 def _run_report(known: argparse.Namespace, overrides: list[str]) -> int:
     from rlprior.study.report import write_report
 
@@ -384,6 +404,7 @@ _RUN = {
     "train": _run_train,
     "rl": _run_rl,
     "evaluate": _run_evaluate,
+    "watch": _run_watch,
     "report": _run_report,
 }
 

@@ -36,6 +36,7 @@ from rlprior.config import RunError, UsageError, differing_keys, encode, fingerp
 from rlprior.tracking import TrackedRun, Trackers
 from rlprior.world import ALONE, World
 
+MAX_LOCK_ATTEMPTS = 5
 _AGAIN = "free some space and run the same command again, it goes on from the last checkpoint"
 _ELSEWHERE = "choose another --out"
 _DISK_ERRORS = {
@@ -264,13 +265,7 @@ class Run:
             raise
 
     def _claim(self) -> None:
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{self.directory}: another process is writing this run; wait for it or end it"
-            ) from None
+        self._take_lock()
         self._check_owner()
         for leftover in self.directory.glob(".*.[0-9]*"):
             leftover.unlink()  # of a process killed inside write_atomically
@@ -278,6 +273,15 @@ class Run:
             write_atomically(self.directory / "config.toml", tomli_w.dumps(encode(self.config)))
             manifest = {"id": self.identity.id, **self.identity.as_data(), **provenance()}
             write_json(self.directory / "manifest.json", manifest)
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        for _ in range(MAX_LOCK_ATTEMPTS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.05)  # whoever looks with `is_being_written` holds it for an instant
+        raise UsageError(f"{self.directory}: another process is writing this run; wait for it or end it")
 
     def _check_owner(self) -> None:
         manifest = self.directory / "manifest.json"
@@ -371,6 +375,18 @@ class Run:
         with disk_errors(aside):
             aside.write_text(json.dumps(dataclasses.asdict(progress)))
             aside.replace(self.directory / "progress.json")
+
+
+def is_being_written(directory: Path) -> bool:
+    """Whether a process has the run in `directory` open."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read_progress(directory: Path) -> Progress | None:

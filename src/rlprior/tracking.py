@@ -154,7 +154,7 @@ class MLflow:
     def _log_config(self, config: Mapping[str, Any]) -> None:
         params = [
             self._entities.Param(name, value if isinstance(value, str) else json.dumps(value))
-            for name, value in _flatten(config, separator=".")
+            for name, value in flatten(config, separator=".")
         ]
         for start in range(0, len(params), self.MAX_PARAMS_PER_CALL):
             self._client.log_batch(self._run_id, params=params[start : start + self.MAX_PARAMS_PER_CALL])
@@ -255,7 +255,7 @@ class Trackers:
         step = record["step"]
         values = {
             name: value
-            for name, value in _flatten(record, separator="/")
+            for name, value in flatten(record, separator="/")
             if isinstance(value, int | float) and name != "step"
         }
         for name, tracker in list(self._open.items()):
@@ -283,14 +283,14 @@ class Trackers:
             )
 
 
-def _flatten(table: Mapping[str, Any], *, separator: str, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], *, separator: str, prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Entries of nested tables by their path.
 
-    >>> list(_flatten({"a": 1, "b": {"c": 2}}, separator="/"))
+    >>> list(flatten({"a": 1, "b": {"c": 2}}, separator="/"))
     [('a', 1), ('b/c', 2)]
     """
     for name, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, separator=separator, prefix=f"{prefix}{name}{separator}")
+            yield from flatten(value, separator=separator, prefix=f"{prefix}{name}{separator}")
         else:
             yield f"{prefix}{name}", value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rlprior.study.plan import PlannedRun
+if TYPE_CHECKING:
+    from rlprior.study.plan import PlannedRun
 
 EFFICIENCY = 0.6
 """Share of a large matrix product's speed that small models reach on a CPU, measured on the demo; larger models reach more."""
