@@ -90,9 +90,15 @@ def test_a_tracker_that_joins_late_gets_the_steps_before(tmp_path: Path) -> None
 
 def test_what_is_logged_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     """A kill must not lose what a checkpoint will take for done."""
-    with open_run(tmp_path, "tensorboard") as run:
-        log_steps(run, 1, 2)
-        assert [step for step, _ in tensorboard_points(tmp_path)["loss"]] == [1, 2]
+    program = (
+        "import os, sys; from pathlib import Path; from tests.test_tracking import log_steps, open_run\n"
+        "run = open_run(Path(sys.argv[1]), 'tensorboard').__enter__()\n"
+        "log_steps(run, 1, 2)\nos._exit(9)\n"
+    )
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=False)
+    assert killed.returncode == 9
+    assert [step for step, _ in tensorboard_points(tmp_path)["tokens_per_second"]] == [1, 2]
 
 
 def test_a_killed_training_gone_on_with_is_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

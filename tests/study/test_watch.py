@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -134,28 +135,17 @@ def test_a_run_that_is_gone_on_with_is_not_silent(tmp_path: Path, capsys: pytest
     assert "!" not in text
 
 
-def test_looking_never_keeps_a_run_from_starting(tmp_path: Path) -> None:
-    """Both hold the lock for an instant; the run tries again."""
-    with open_run(tmp_path):
-        pass
-    looking = (
-        "import sys; from pathlib import Path; from rlprior.runs import is_being_written\n"
-        "print('looking', flush=True)\nwhile True: is_being_written(Path(sys.argv[1]))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", looking, str(tmp_path)], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        for _ in range(20):
-            with open_run(tmp_path):
-                assert is_being_written(tmp_path)
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks holds the lock for an instant; a run that starts in it tries again."""
     assert not is_being_written(tmp_path)
-    assert not is_being_written(tmp_path / "nothing")
+    with open_run(tmp_path):
+        assert is_being_written(tmp_path)
+    assert not is_being_written(tmp_path)
+    with (tmp_path / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        monkeypatch.setattr("rlprior.runs.time.sleep", lambda _: fcntl.flock(lock, fcntl.LOCK_UN))
+        with open_run(tmp_path):
+            assert is_being_written(tmp_path)
 
 
 # Files that grow
