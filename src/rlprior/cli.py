@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rlprior import plan_command
 from rlprior.config import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
         ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
+    ),
+    "plan": (
+        "memory, time and checkpoints of training on devices that are not rented yet",
+        [
+            "rlprior plan train.toml --devices 8 --memory 80",
+            "rlprior plan --model 4b --devices 64 --tokens 500e9",
+            "rlprior plan --model 10b-a0.5b --devices 64 --training.engine.activation_checkpointing=full",
+        ],
     ),
     "report": (
         "write report.html of a study, finished or not",
@@ -177,6 +186,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
     parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
+    plan_command.add_arguments(parsers["plan"])
     for name in ("train", "rl"):
         parsers[name].add_argument("--init-from", metavar="MODEL", help="Hugging Face folder to start from")
     for name in ("demo", "study"):
@@ -405,6 +415,7 @@ _RUN = {
     "rl": _run_rl,
     "evaluate": _run_evaluate,
     "watch": _run_watch,
+    "plan": plan_command.run,
     "report": _run_report,
 }
 

@@ -144,7 +144,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     mixture = PackedMixture(
         corpus, training.mixture, training.sequence_length, stream_seed(config.seed, stream, "data")
     )
-    rows = _rows_of_rank(training, world)
+    rows = rows_of_rank(training, world)
     checkpoint = world.on_main(lambda: _find_checkpoint(run.directory))
     model = _start_model(config, corpus, checkpoint.directory if checkpoint else None)
     module = prepare_model(model, training.engine, training.precision, world)
@@ -263,7 +263,7 @@ def _find_checkpoint(run_directory: Path) -> Checkpoint | None:
     return last_good_checkpoint(run_directory)
 
 
-def _rows_of_rank(training: TrainingConfig, world: World) -> range:
+def rows_of_rank(training: TrainingConfig, world: World) -> range:
     """Which rows of each batch this process takes: every process as many, in the order of their ranks."""
     num_rows = training.batch_tokens // training.sequence_length
     if world.size > 1 and isinstance(training.objective, SampledReward):
