@@ -43,29 +43,23 @@ from rlprior.training.update import Updater
 from rlprior.world import World, join_world
 
 VOCABULARY = 4096
-CASES: list[dict[str, Any]] = [
-    {
-        "preset": preset,
-        "rows": rows,
-        "micro_rows": micro_rows,
-        "length": length,
-        "recompute": kind,
-        "processes": 1,
-    }
-    for preset, rows, length in (("tiny", 16, 256), ("tiny-moe", 16, 256), ("20m", 8, 256))
-    for kind in ("none", "selective", "full")
-    for micro_rows in (rows, rows // 4)
+# preset, rows of a process, rows of a micro-batch, positions of a row, recomputation, processes, precision
+CASES: list[tuple[str, int, int, int, str, int, str]] = [
+    *[
+        (preset, rows, rows // parts, 256, kind, 1, "float32")
+        for preset, rows in (("tiny", 16), ("tiny-moe", 16), ("20m", 8))
+        for kind, parts in (("none", 1), ("none", 4), ("selective", 1), ("full", 4))
+    ],
+    *[
+        (preset, 4, micro_rows, 256, kind, 2, "float32")
+        for preset in ("tiny", "tiny-moe", "20m")
+        for kind, micro_rows in (("none", 4), ("full", 2))
+    ],
+    ("20m", 4, 1, 1024, "none", 1, "float32"),
+    ("20m", 8, 8, 256, "none", 1, "bfloat16"),
+    ("20m", 4, 2, 256, "none", 2, "bfloat16"),
 ]
-CASES += [
-    {"preset": preset, "rows": 8, "micro_rows": 4, "length": 256, "recompute": kind, "processes": processes}
-    for preset in ("tiny", "tiny-moe", "20m")
-    for processes, kind in ((1, "none"), (2, "none"), (2, "full"))
-]
-CASES += [
-    {"preset": "20m", "rows": 4, "micro_rows": 1, "length": 1024, "recompute": "none", "processes": 1},
-    {"preset": "20m", "rows": 8, "micro_rows": 8, "length": 256, "recompute": "none", "processes": 1, "precision": "bfloat16"},
-    {"preset": "20m", "rows": 8, "micro_rows": 2, "length": 256, "recompute": "none", "processes": 2, "precision": "bfloat16"},
-]  # fmt: skip
+CASE_KEYS = ("preset", "rows", "micro_rows", "length", "recompute", "processes", "precision")
 
 
 class Vocabulary:
@@ -84,9 +78,9 @@ def training_of(case: dict[str, Any]) -> TrainingConfig:
         "mixture": {"any": 1.0},
         "num_steps": 10,
         "sequence_length": length,
-        "batch_tokens": case["rows"] * length,
+        "batch_tokens": case["processes"] * case["rows"] * length,
         "micro_batch_tokens": case["micro_rows"] * length,
-        "precision": case.get("precision", "float32"),
+        "precision": case["precision"],
         "engine": {"activation_checkpointing": case["recompute"]},
     }
     return decode(TrainingConfig, tables, source="benchmark")
@@ -103,12 +97,11 @@ def predict(case: dict[str, Any]) -> dict[str, float]:
     )
     moments = memory_by_moment(job)
     moment, peak_bytes = peak(moments)
-    share = case["rows"] * case["length"] // case["processes"]
     memory = moments[moment]
     return {
         "peak_bytes": peak_bytes,
         "state_bytes": memory["weights"] + memory["optimizer moments"],
-        "flops": executed_flops_per_token(job) * share,
+        "flops": executed_flops_per_token(job) * case["rows"] * case["length"],
     }
 
 
@@ -133,7 +126,7 @@ class Stage:
         model = build_model(config, Vocabulary(), max_positions=case["length"], seed=0)
         self.module = prepare_model(model.train(), self.training.engine, self.training.precision, self.world)
         self.updater = Updater(self.module, self.training.optimizer)
-        self.batch = random_batch(case["rows"] // self.world.size, case["length"])
+        self.batch = random_batch(case["rows"], case["length"])
 
     def step(self, number: int) -> None:
         """One update, with metrics, as the steps that log have them."""
@@ -266,7 +259,7 @@ def main() -> None:
                 print(json.dumps(measured))
         return
     results: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in (dict(zip(CASE_KEYS, values, strict=True)) for values in CASES):
         if arguments.only in (None, case["preset"]):
             results.append(run_case(case))
             ratios = results[-1]["predicted_over_measured"]

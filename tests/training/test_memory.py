@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.plan.run import measure, predict
+from benchmarks.plan.run import CASE_KEYS, measure, predict
 from tests.training.test_engine import Vocabulary
 from torch.profiler import ProfilerActivity, profile
 
@@ -128,7 +128,7 @@ def test_a_step_takes_what_is_planned(preset: str) -> None:
 
     What the peak leaves out: temporaries of single operations, of which only the widest are planned.
     """
-    case = {"preset": preset, "rows": 2, "micro_rows": 1, "length": 64, "recompute": "none", "processes": 1}
+    case = dict(zip(CASE_KEYS, (preset, 2, 1, 64, "none", 1, "float32"), strict=True))
     planned, found = predict(case), measure(case, ALONE)
     assert planned["state_bytes"] == found["state_bytes"]
     assert planned["flops"] == pytest.approx(found["flops"], rel=1e-6)
@@ -207,7 +207,10 @@ def test_the_papers_models_need_what_arithmetic_says(preset: str) -> None:
     # the head's gradient and that of the hidden states in float32, and 2048 rows of logits, probabilities, mask and one temporary; or
     # else both gradients again in bfloat16, which is less
     head = QWEN3_VOCABULARY * width
-    assert loss["loss"] == 4 * head + 4 * tokens * width + 16 * 2048 * QWEN3_VOCABULARY
+    assert (
+        loss["logits and gradient of the head"]
+        == 4 * head + 4 * tokens * width + 16 * 2048 * QWEN3_VOCABULARY
+    )
     # embeddings and head, one tensor: weights, and two gradients before they are added, in bfloat16, while a layer's gradients are
     # reduced in float32; or their sum with its copy to be reduced in float32
     held = max(2 * root + 2 * root + 2 * head + 4 * layer, 2 * root + 4 * root)

@@ -34,7 +34,7 @@ KINDS = (
     "activations",
     "attention masks",
     "working memory of a layer",
-    "loss",
+    "logits and gradient of the head",
 )
 MOMENTS = ("loss", "last layers", "first layer", "embeddings")
 
@@ -215,7 +215,9 @@ def _in_loss(job: TrainingJob) -> Memory:
         "gathered weights and gradients in flight": gathered,
         "activations": _saved_bytes(job) * job.shape.num_layers + _last_norm_bytes(job),
         "attention masks": _mask_bytes(job, job.shape.num_layers),
-        "loss": head + FLOAT32_BYTES * job.micro_batch_tokens * width + max(in_forward, in_backward),
+        "logits and gradient of the head": head
+        + FLOAT32_BYTES * job.micro_batch_tokens * width
+        + max(in_forward, in_backward),
     }
 
 

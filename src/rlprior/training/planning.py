@@ -36,8 +36,8 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "h200": {"bfloat16": 989.4e12, "float32": 67e12},
     "b200": {"bfloat16": 2250e12, "float32": 75e12},
 }
-"""FLOP/s of dense matrix products by device and precision, as NVIDIA's data sheets state them for the SXM modules (half of the figures
-"with sparsity"). float32 is without TF32, which torch does not use unless told to."""
+"""FLOP/s of dense matrix products by device and precision, as NVIDIA's data sheets state them for the SXM modules and HGX B200 (half of
+the figures "with sparsity"). float32 is without TF32, which torch does not use unless told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
