@@ -54,6 +54,10 @@ PATHS = ("logits", *(name for name in IMPLEMENTATIONS if name != "triton"))
 which have tests of their own."""
 
 
+ON_CPU = tuple(name for name in IMPLEMENTATIONS if name != "triton" or not torch.cuda.is_available())
+"""Implementations that take tensors on a CPU: all, for Triton's interpreter runs the kernels where there is no GPU."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "objective" in metafunc.fixturenames:
         # A name without a case is a parameter too: the fixture below makes it fail.

@@ -7,6 +7,7 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
+from tests.objectives.conftest import ON_CPU
 from torch.nn import functional
 
 from rlprior.objectives import (
@@ -301,6 +302,49 @@ def test_float16_gradients_survive_a_mean_over_many_tokens():
     targets = torch.zeros(65536, dtype=torch.int64)
     linear_shaped_cross_entropy(hidden, weight, targets, CrossEntropy()).backward()
     assert weight.grad[1:, 0].tolist() == pytest.approx([1 / 256] * 255, rel=1e-3)
+
+
+@pytest.mark.parametrize("implementation", [name for name in ON_CPU if name != "reference"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("factor", [1e-6, 1e5, 1e30])
+@pytest.mark.parametrize("by", ["token_weights", "upstream"])
+def test_float16_logits_take_factors_of_any_size(bench, implementation, reduction, factor, by):
+    """A gradient of float16 logits holds 6e-8 to 65504; the factors of its rows are applied where there is room."""
+    inputs = bench.make_inputs(n=6, v=17, scale=0.3)
+    inputs.token_weights.copy_(torch.linspace(0.5, 2, 6))
+    factors = torch.full((6,), factor, dtype=torch.float64) * torch.linspace(1, 1.5, 6)
+    upstream = 1.0
+    if by == "token_weights":
+        inputs.token_weights.mul_(factors)
+    else:
+        upstream = factors if reduction == "none" else factor
+    expected = bench.oracle(CrossEntropy(), inputs, reduction, upstream)
+    with torch.autocast("cpu", dtype=torch.float16):
+        actual = bench.compute(
+            implementation,
+            CrossEntropy(),
+            inputs.to(torch.float32),
+            reduction,
+            torch.as_tensor(upstream).float(),
+        )
+    # Logits of up to 5 in float16 are off by up to 0.002.
+    bench.assert_agree(actual, expected, 5e-3)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_given_float16_logits_get_the_gradient_that_torch_gives(bench, reduction):
+    """Token weights and the upstream gradient, 1e5 and 1e-5, meet before either of them is rounded to float16."""
+    inputs = bench.make_inputs(n=6, v=17, scale=0.3)
+    weights = torch.full((6,), 1e5)
+    leaves = [inputs.logits.half().requires_grad_() for _ in range(2)]
+    targets, upstream = inputs.targets.clamp_min(0), 1e-5
+    loss = shaped_cross_entropy(leaves[0], targets, CrossEntropy(), weights, reduction=reduction)
+    (loss * upstream).sum().backward()
+    own = functional.cross_entropy(leaves[1].float(), targets, reduction="none")
+    (own * weights * upstream).sum().backward()
+    assert leaves[0].grad.dtype == torch.float16
+    # One rounding to float16 more than torch's, 2^-11 of an entry each.
+    bench.assert_close(leaves[0].grad, leaves[1].grad, 2 * 2**-11, "gradient")
 
 
 def test_upstream_gradient_scales_once(bench, objective, path):

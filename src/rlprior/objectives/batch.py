@@ -43,7 +43,7 @@ class TokenBatch:
     """Flattened targets with what belongs to them.
 
     Attributes:
-        targets_N: int64.
+        targets_N: int64, contiguous: the kernels read one after the other.
         weights_N: constant weight of each position's loss, in the dtype of the statistics; None is 1 everywhere.
         uniforms_NS: float64 numbers in [0, 1) that decide the draws of a sampled objective.
         kept: indices of the positions that are not ignored, or None where all are.
@@ -53,6 +53,10 @@ class TokenBatch:
     weights_N: Tensor | None
     uniforms_NS: Tensor | None
     kept: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the batch consists of, in the order of the fields."""
+        return self.targets_N, self.weights_N, self.uniforms_NS, self.kept
 
     @property
     def num_targets(self) -> int:

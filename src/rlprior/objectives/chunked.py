@@ -135,7 +135,8 @@ class _LinearLoss(Function):
     ) -> tuple[Tensor, ...]:
         result = _Pass(request, hidden_ND.device)
         result.run_linear(hidden_ND, weight_VD, None, wants_hidden=False, wants_weight=False)
-        ctx.save_for_backward(hidden_ND, weight_VD)
+        # The batch too: its tensors may be the caller's, and a change before the backward pass then raises.
+        ctx.save_for_backward(hidden_ND, weight_VD, *request.batch.tensors())
         ctx.request = request
         return _finish(ctx, result.loss_N, result.metrics)
 
@@ -144,8 +145,9 @@ class _LinearLoss(Function):
         refuse_double_backward()
         if upstream[0] is None:
             return None, None, None, None
-        hidden_ND, weight_VD = ctx.saved_tensors
-        request = replace(ctx.request, plan=replace(ctx.request.plan, metrics_top_k=None))
+        hidden_ND, weight_VD, *batch = ctx.saved_tensors
+        plan = replace(ctx.request.plan, metrics_top_k=None)
+        request = replace(ctx.request, batch=TokenBatch(*batch), plan=plan)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         result = _Pass(request, hidden_ND.device)
         result.run_linear(
@@ -165,17 +167,17 @@ class _LogitsLoss(Function):
         result = _Pass(request, logits_NV.device)
         gradient_NV = torch.zeros_like(logits_NV) if records_grad and ctx.needs_input_grad[0] else None
         result.run_logits(logits_NV, gradient_NV)
-        ctx.save_for_backward(gradient_NV)
+        ctx.save_for_backward(gradient_NV, request.batch.weights_N)
         ctx.kept = request.batch.kept
         return _finish(ctx, result.loss_N, result.metrics)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        (gradient_NV,) = ctx.saved_tensors
+        gradient_NV, weights_N = ctx.saved_tensors
         if upstream[0] is None or gradient_NV is None:
             return None, None, None
-        scale_N = upstream[0]
+        scale_N = upstream[0] if weights_N is None else upstream[0] * weights_N
         if ctx.kept is not None:  # whatever arrives at an ignored position, its gradient is 0
             scale_N = torch.zeros_like(scale_N).index_copy_(0, ctx.kept, scale_N[ctx.kept])
         return _scale(gradient_NV, scale_N[:, None], gradient_NV.dtype), None, None
@@ -228,30 +230,53 @@ class _Pass:
         if wants_weight:
             self.weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype)
         weight_VD = weight_VD.to(self.request.compute_dtype)
+        scale_N, unit = self._gradient_scale(upstream_N) if wants_hidden or wants_weight else (None, None)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here
             for start, stop in self._chunks(weight_VD.shape[0]):
-                self._run_chunk(hidden_ND, weight_VD, start, stop, upstream_N)
+                self._run_chunk(hidden_ND, weight_VD, start, stop, scale_N)
+        for gradient in (self.hidden_gradient_ND, self.weight_gradient_VD):
+            if gradient is not None and unit is not None:
+                gradient.mul_(unit)
         if self.hidden_gradient_ND is not None and self.request.shard is not None:
             self.request.shard.add_up(self.hidden_gradient_ND)
 
+    def _gradient_scale(self, upstream_N: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Factor of each position's gradient (None is 1), and the unit that it is given in (None is 1).
+
+        Logits and their gradient may be float16, which has no room for the sizes that factors have: with the unit, a power
+        of two, the largest of them is between 1 and 2.
+        """
+        batch = self.request.batch
+        factors = [factor_N for factor_N in (upstream_N, batch.weights_N) if factor_N is not None]
+        if not factors or batch.num_targets == 0:
+            return None, None
+        scale_N = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        if self.request.compute_dtype != torch.float16:
+            return scale_N, None
+        largest = scale_N[batch.positions(0, batch.num_targets)].abs().amax()
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+        unit = torch.where(torch.isfinite(largest) & (largest > 0), unit, torch.ones_like(unit))
+        return scale_N / unit, unit
+
     def _run_chunk(
-        self, hidden_ND: Tensor, weight_VD: Tensor, start: int, stop: int, upstream_N: Tensor | None
+        self, hidden_ND: Tensor, weight_VD: Tensor, start: int, stop: int, scale_N: Tensor | None
     ) -> None:
         rows = self.request.batch.positions(start, stop)
         hidden_RD = hidden_ND[rows].to(self.request.compute_dtype)
         logits_RV = self._multiply(hidden_RD, weight_VD)
         gradient_RV = logits_RV[:, : weight_VD.shape[0]]
         wants_gradient = self.hidden_gradient_ND is not None or self.weight_gradient_VD is not None
-        self._evaluate_chunk_(
-            logits_RV, start, self._gradient_scale(rows, upstream_N) if wants_gradient else None
-        )
+        scale_R = None
+        if wants_gradient:
+            scale_R = torch.ones_like(self.loss_N[rows]) if scale_N is None else scale_N[rows]
+        self._evaluate_chunk_(logits_RV, start, scale_R)
         if self.hidden_gradient_ND is not None:
             self.hidden_gradient_ND[rows] = _product(gradient_RV, weight_VD, self.hidden_gradient_ND.dtype)
         if self.weight_gradient_VD is not None:
             _add_product_(self.weight_gradient_VD, gradient_RV.t(), hidden_RD)
 
     def run_logits(self, logits_NV: Tensor, gradient_NV: Tensor | None) -> None:
-        """Losses of given logits; the gradient is written to `gradient_NV`, which holds zeros."""
+        """Losses of given logits; the gradient of each without its weight goes to `gradient_NV`, which holds zeros."""
         with torch.autocast(logits_NV.device.type, enabled=False):
             num_columns = logits_NV.shape[1]
             for start, stop in self._chunks(num_columns):
@@ -259,9 +284,9 @@ class _Pass:
                 logits_RV = self._logits_buffer(stop - start, num_columns)
                 logits_RV[:, :num_columns] = logits_NV[rows]
                 self._exclude_padding_(logits_RV)
-                scale_R = None if gradient_NV is None else self._gradient_scale(rows, None)
+                scale_R = None if gradient_NV is None else torch.ones_like(self.loss_N[rows])
                 self._evaluate_chunk_(logits_RV, start, scale_R)
-                if gradient_NV is not None:
+                if gradient_NV is not None:  # no factor before it is rounded to the dtype of the logits
                     gradient_NV[rows] = logits_RV[:, :num_columns].to(gradient_NV.dtype)
 
     def _chunks(self, num_columns: int) -> Iterator[tuple[int, int]]:
@@ -291,11 +316,6 @@ class _Pass:
         if self.request.shard is not None:
             logits_RV[:, self.request.shard.num_tokens :] = -torch.inf
         return logits_RV
-
-    def _gradient_scale(self, rows: slice | Tensor, upstream_N: Tensor | None) -> Tensor:
-        weights_N = self.request.batch.weights_N
-        scale_R = torch.ones_like(self.loss_N[rows]) if upstream_N is None else upstream_N[rows]
-        return scale_R if weights_N is None else scale_R * weights_N[rows]
 
     def _evaluate_chunk_(self, logits_RV: Tensor, start: int, scale_R: Tensor | None) -> None:
         """Record losses and metrics from the `start`-th position on, and leave the gradient in `logits_RV`."""

@@ -375,7 +375,7 @@ def _flatten(
         )
     if targets.device != inputs.device:
         raise ValueError(f"targets must be on {inputs.device}, got {targets.device}")
-    targets_N = targets.reshape(-1).to(torch.int64)
+    targets_N = targets.reshape(-1).to(torch.int64).contiguous()
     is_kept_N = targets_N != ignore_index
     outside_N = is_kept_N & ((targets_N < 0) | (targets_N >= vocabulary))
     if bool(outside_N.any()):
