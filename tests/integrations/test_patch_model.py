@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tests.integrations.small_models import (
     FAMILIES,
     SHAPING,
@@ -195,7 +196,7 @@ def test_compiled_model():
     model = small_model()
     patch_model(model, SHAPING)
     compiled = torch.compile(model, backend="aot_eager")
-    for _ in range(2):  # the first call reads the logit factor, the second does not
+    for _ in range(2):
         compiled(**pad(examples())).loss.backward()
         assert_same_gradients(gradients(model), expected_gradients())
 
@@ -228,13 +229,38 @@ class SineOfLogits(Qwen3ForCausalLM):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
+class LearnedFactor(Qwen3ForCausalLM):
+    """Multiplies its logits by a parameter."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, input_ids: Any, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state) * self.factor
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class TripledLinear(nn.Linear):
+    """A linear layer that is none."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(input)
+
+
 def refused_models() -> dict[str, tuple[Any, str]]:
     shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     no_head = small_model()
     no_head.lm_head = nn.Sequential(no_head.lm_head)
+    tripled, hooked = small_model(), small_model()
+    tripled.lm_head = TripledLinear(16, VOCABULARY, bias=False)
+    add_hook_to_module(hooked.lm_head, ModelHook())
     return {
         "bias on the head": (PhiForCausalLM(PhiConfig(**shape, num_attention_heads=2)), "has bias"),
         "head of another kind": (no_head, "has a torch.*Sequential as its head"),
+        "head that does more": (tripled, "TripledLinear. has a forward pass of its own"),
+        "head with a hook of accelerate": (hooked, "has a forward pass of its own"),
         "no head": (small_model().model, "needs a causal language model"),
         "wrapped": (nn.DataParallel(small_model()), "pass the model inside"),
         "encoder and decoder": (
@@ -279,6 +305,24 @@ def test_logits_changed_in_an_unknown_way_are_refused():
     patch_model(model, SHAPING)
     with pytest.raises(ValueError, match="changes its logits in a way"):
         model(**{name: value for name, value in pad(examples()).items() if name != "attention_mask"})
+
+
+def test_a_factor_is_read_at_every_call_and_may_not_be_learned():
+    model = LearnedFactor(small_model().config).train()
+    batch = {name: value for name, value in pad(examples()).items() if name != "attention_mask"}
+    patch_model(model, RewardShaping())
+    with torch.no_grad():  # nothing is learned here
+        model(**batch)
+    with pytest.raises(ValueError, match="is learned, and patch_model knows fixed factors only"):
+        model(**batch)
+    model.factor.requires_grad_(False)
+    losses = []
+    for factor in (2.0, 0.5):
+        model.factor.fill_(factor)
+        losses.append(model(**batch).loss)
+    unpatch_model(model)
+    torch.testing.assert_close(losses[1], model(**batch).loss, rtol=1e-5, atol=0)
+    assert losses[0] != losses[1]
 
 
 def test_a_head_in_another_place():

@@ -153,6 +153,11 @@ def _require_head(model: nn.Module) -> nn.Linear:
         raise ValueError(
             f"patch_model needs a linear output head, and {name} has {kind}; use compute_loss_func=shaped_loss(...)"
         )
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        raise ValueError(
+            f"the output head of {name} ({type(head).__module__}.{type(head).__name__}) has a forward pass of its own, which "
+            "patch_model would leave out (hooks of accelerate: remove_hook_from_module); use compute_loss_func=shaped_loss(...)"
+        )
     if cast(Tensor | None, head.bias) is not None or not head.weight.is_floating_point():
         kind = "bias" if head.weight.is_floating_point() else f"{head.weight.dtype} weights"
         raise ValueError(

@@ -31,6 +31,11 @@ UNKNOWN_CHANGE = (
     "softcap of config.final_logit_softcapping); use compute_loss_func=shaped_loss(...)"
 )
 
+LEARNED_CHANGE = (
+    "what the model does to its logits is learned, and patch_model knows fixed factors only; "
+    "use compute_loss_func=shaped_loss(...)"
+)
+
 
 @dataclass
 class _Call:
@@ -65,7 +70,6 @@ class ModelLoss:
         self.implementation: Implementation = implementation
         self.wants_metrics = wants_metrics
         self.logit_softcap = logit_softcap
-        self.logit_scale: float | None = None  # read off the first call
         self.call: _Call | None = None
 
     def stand_in(self, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -111,12 +115,13 @@ class ModelLoss:
                 "the output head frees its weight before the loss is computed: leave it to the FSDP unit of the whole "
                 "model, or give its own unit reshard_after_forward=False; DeepSpeed ZeRO-3 is not supported"
             )
-        # at every call, because an adapter may come to the head at any time
+        # at every call, because the factor may change and an adapter may come to the head at any time
         if call.logits.shape != _known_shape(call.hidden_BTD, call.weight_VD):
             raise ValueError(UNKNOWN_CHANGE)
-        if self.logit_scale is None:
-            self.logit_scale = self._read_scale(call.logits, _known_numbers(call.hidden_BTD, call.weight_VD))
-        hidden_BTD = call.hidden_BTD if self.logit_scale == 1 else call.hidden_BTD * self.logit_scale
+        if call.logits.requires_grad:  # the known numbers do not
+            raise ValueError(LEARNED_CHANGE)
+        scale = self._read_scale(call.logits, _known_numbers(call.hidden_BTD, call.weight_VD))
+        hidden_BTD = call.hidden_BTD if scale == 1 else call.hidden_BTD * scale
         result: Any = linear_shaped_cross_entropy(
             hidden_BTD,
             call.weight_VD,
