@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.integrations import titan_double
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from rlprior.integrations import torchtitan
 from rlprior.objectives import Objective, RewardShaping, SampledReward, shaped_cross_entropy
@@ -111,6 +113,17 @@ def test_draws_go_on_from_call_to_call(loss_module: Any):
 def test_what_it_does_not_support_is_refused(loss_module: Any):
     with pytest.raises(ValueError, match="shaping must be an instance"):
         torchtitan.shaped_loss_config("cross_entropy")  # pyright: ignore[reportArgumentType]
+
+
+def test_logits_split_over_ranks_are_refused(loss_module: Any, tmp_path: Path):
+    loss_fn = torchtitan.shaped_loss_config(SHAPING).build()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        logits = distribute_tensor(torch.zeros(3, 17), init_device_mesh("cpu", (1,)), [Shard(1)])
+        with pytest.raises(ValueError, match="the logits are split over ranks"):
+            loss_fn(logits, torch.tensor([1, 2, 3]))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_absence_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -144,7 +144,7 @@ MUTATIONS = {
     one_token_more_in_the_head: ("logits", "chunked"),
     mean_over_the_sum_of_weights: ("logits", "chunked", "reference"),
     mean_over_all_positions: ("logits", "chunked", "reference"),
-    token_weight_on_the_loss_alone: ("logits", "chunked"),
+    token_weight_on_the_loss_alone: ("chunked",),  # given logits get their weights after their gradient
     z_loss_without_the_target: ("logits", "chunked"),
     softcap_without_its_slope: ("logits", "chunked"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from tests.objectives.conftest import CASES, Inputs, make_inputs
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from rlprior.objectives import (
     CrossEntropy,
@@ -21,6 +22,7 @@ from rlprior.objectives import (
     RewardShaping,
     SampledReward,
     VocabularyShard,
+    chunk_sizes,
     linear_shaped_cross_entropy,
     shaped_cross_entropy,
 )
@@ -39,6 +41,7 @@ class Case:
     options: dict[str, Any]
     from_logits: bool = False
     frozen: str = ""
+    block_elements: int = chunk_sizes.CPU_BLOCK_ELEMENTS
 
 
 def make_cases() -> dict[str, Case]:
@@ -49,6 +52,8 @@ def make_cases() -> dict[str, Case]:
                 cases[f"{name}-{index}"] = Case(objective, make_inputs(), 37, {"reduction": "mean"})
     options = {"logit_softcap": 5.0, "z_loss": 0.01, "reduction": "none", "chunk_rows": 4}
     cases["options"] = Case(SHAPING, make_inputs(seed=1), 37, options)
+    # 10 columns in 4 rows or 7 columns in 5: processes that went by their own columns would not meet.
+    cases["many-chunks"] = Case(SHAPING, make_inputs(seed=1), 37, {"reduction": "sum"}, block_elements=40)
     cases["none"] = Case(SHAPING, make_inputs(seed=2), 37, {"reduction": "none"})
     cases["logits"] = Case(SHAPING, make_inputs(seed=3), 37, {"reduction": "sum"}, from_logits=True)
     padded = make_inputs(seed=4, v=40)
@@ -73,6 +78,13 @@ def make_cases() -> dict[str, Case]:
 
 def run_case(case: Case, part: slice, shard: VocabularyShard | None) -> dict[str, Tensor | None]:
     """Loss, gradients and metrics of a process that holds this part of the vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_sizes, "CPU_CHUNK_ROWS", 1)
+        patch.setattr(chunk_sizes, "CPU_BLOCK_ELEMENTS", case.block_elements)
+        return run_whole_case(case, part, shard)
+
+
+def run_whole_case(case: Case, part: slice, shard: VocabularyShard | None) -> dict[str, Tensor | None]:
     inputs = case.inputs
     hidden = inputs.hidden.clone().requires_grad_(case.frozen != "hidden")
     weight = inputs.weight[part].clone().requires_grad_(case.frozen != "weight")
@@ -132,31 +144,116 @@ def run_fsdp(rank: int) -> dict[str, Tensor]:
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 
-def run_dtensor(rank: int) -> dict[str, Tensor]:
+def run_dtensor(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Losses and whole gradients of inputs that are DTensors, alone and together."""
     mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
-    inputs = make_inputs(seed=9)
-    weight = distribute_tensor(inputs.weight, mesh).detach().requires_grad_()
-    assert isinstance(weight, DTensor)
-    messages: list[str] = []
-    for shard, value in ((None, weight), (VocabularyShard(mesh.get_group()), weight)):
-        try:
-            linear_shaped_cross_entropy(inputs.hidden, value, inputs.targets, SHAPING, shard=shard)
-        except ValueError as error:
-            messages.append(str(error))
-    from torch.distributed.tensor import Shard
+    inputs, shard = make_inputs(seed=9), VocabularyShard(mesh.get_group())
+    found: dict[str, dict[str, Tensor]] = {}
 
-    weight = distribute_tensor(inputs.weight, mesh, [Shard(0)]).detach().requires_grad_()
+    def record(name: str, loss: Tensor, **leaves: Tensor) -> None:
+        loss.backward()
+        assert type(loss) is Tensor
+        assert all(type(leaf.grad) is type(leaf) for leaf in leaves.values())
+        whole = {
+            key: leaf.grad.full_tensor() if isinstance(leaf, DTensor) else leaf.grad
+            for key, leaf in leaves.items()
+        }
+        found[name] = {"loss": loss.detach(), **whole}
+
+    def split(tensor: Tensor, *placements: Any) -> Any:
+        return distribute_tensor(tensor.clone(), mesh, placements).detach().requires_grad_()
+
+    for name, hidden in (
+        ("weight", inputs.hidden.clone().requires_grad_()),
+        ("both", split(inputs.hidden, Replicate())),
+    ):
+        weight = split(inputs.weight, Shard(0))
+        loss = linear_shaped_cross_entropy(hidden, weight, inputs.targets, SHAPING, shard=shard)
+        record(name, loss, hidden=hidden, weight=weight)
+    targets = distribute_tensor(inputs.targets, mesh, [Replicate()])
+    for name, placement, options in (
+        ("logits", Shard(1), {"shard": shard}),
+        ("whole logits", Replicate(), {}),
+    ):
+        logits = split(inputs.hidden @ inputs.weight.T, placement)
+        record(name, shaped_cross_entropy(logits, targets, SHAPING, **options), logits=logits)
+    hidden, weight = split(inputs.hidden, Replicate()), inputs.weight.clone().requires_grad_()
+    loss = linear_shaped_cross_entropy(hidden, weight, inputs.targets, SHAPING)
+    record("hidden", loss, hidden=hidden, weight=weight)
+    few = split(inputs.weight[: NUM_PROCESSES - 1], Shard(0))  # the last process holds none
     hidden = inputs.hidden.clone().requires_grad_()
-    loss = linear_shaped_cross_entropy(
-        hidden, weight, inputs.targets, SHAPING, shard=VocabularyShard(mesh.get_group())
+    targets = inputs.targets.clamp(max=NUM_PROCESSES - 2)
+    record(
+        "few rows",
+        linear_shaped_cross_entropy(hidden, few, targets, SHAPING, shard=shard),
+        hidden=hidden,
+        weight=few,
     )
-    loss.backward()
+    return found
+
+
+def refused_calls(rank: int) -> dict[str, Callable[[], Tensor]]:
+    """Calls that raise on every process alike; each must come back, and the collectives after it still work."""
+    mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
+    pairs = init_device_mesh("cpu", (NUM_PROCESSES // 2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    inputs, shard = make_inputs(seed=9), VocabularyShard(mesh.get_group())
+    part = inputs.weight[own_part(37, rank, NUM_PROCESSES)]
+    is_last = rank == NUM_PROCESSES - 1
+
+    def linear(hidden: Tensor = inputs.hidden, weight: Tensor = part, **changes: Any) -> Tensor:
+        arguments = {"targets": inputs.targets, "shaping": SHAPING, "shard": shard, **changes}
+        return linear_shaped_cross_entropy(hidden, weight, **arguments)
+
+    def split(tensor: Tensor, placement: Any, over: Any = mesh) -> Any:
+        return distribute_tensor(tensor, over, [placement])
+
+    ignored = torch.full_like(inputs.targets, -100) if is_last else inputs.targets
+    other = inputs.targets.flip(0) if is_last else inputs.targets
     return {
-        "loss": loss.detach(),
-        "hidden": hidden.grad,
-        "weight": weight.grad.full_tensor(),
-        "messages": messages,
+        "weight without a shard": lambda: linear(weight=split(inputs.weight, Shard(0)), shard=None),
+        "replicated weight": lambda: linear(weight=split(inputs.weight, Replicate())),
+        "weight over other processes": lambda: linear(weight=split(inputs.weight, Shard(0), pairs)),
+        "split hidden": lambda: linear(hidden=split(inputs.hidden, Shard(0))),
+        "logits without a shard": lambda: shaped_cross_entropy(
+            split(inputs.logits, Shard(1)), inputs.targets, SHAPING
+        ),
+        "split positions": lambda: shaped_cross_entropy(
+            split(inputs.logits, Shard(0)), inputs.targets, SHAPING, shard=shard
+        ),
+        "all ignored on one rank": lambda: linear(targets=ignored),
+        "other targets on one rank": lambda: linear(targets=other),
+        "another number of positions": lambda: linear(
+            hidden=inputs.hidden[: 23 - is_last], targets=inputs.targets[: 23 - is_last]
+        ),
+        "gradient on one rank": lambda: linear(hidden=inputs.hidden.clone().requires_grad_(is_last)),
+        "no tokens at all": lambda: linear(weight=part[:0]),
     }
+
+
+REFUSALS = {
+    "weight without a shard": "with FSDP, call the loss inside the forward",
+    "replicated weight": r"weight must be sharded along its vocabulary alone, \[Shard\(0\)\], got",
+    "weight over other processes": r"over the ranks \[\d, \d\] and the shard's group has \[0, 1, 2, 3\]; pass shard=",
+    "split hidden": "hidden is a DTensor with placements .* redistribute",
+    "logits without a shard": "logits is a DTensor with placements .* pass shard=",
+    "split positions": r"logits must be sharded along its vocabulary alone, \[Shard\(1\)\], got",
+    "all ignored on one rank": r"differ in .*targets that count \[20, 20, 20, 0\]",
+    "other targets on one rank": r"differ in \(rank by rank\) sum of target times place",
+    "another number of positions": r"differ in .*positions \[23, 23, 23, 22\]",
+    "gradient on one rank": r"differ in \(rank by rank\) whether hidden requires grad \[0, 0, 0, 1\]",
+    "no tokens at all": r"vocab_size must be in \[1, 0\]",
+}
+
+
+def run_refused(rank: int) -> dict[str, str]:
+    messages: dict[str, str] = {}
+    for name, call in refused_calls(rank).items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+        distributed.barrier()
+    return messages
 
 
 def work(rank: int, folder: str) -> None:
@@ -177,7 +274,7 @@ def work(rank: int, folder: str) -> None:
             part = own_part(case.inputs.weight.shape[0], rank, world_size)
             shard = VocabularyShard(group, vocab_size=case.vocab_size)
             found[name, world_size] = run_case(case, part, shard)
-    found["fsdp"], found["dtensor"] = run_fsdp(rank), run_dtensor(rank)
+    found["fsdp"], found["dtensor"], found["refused"] = run_fsdp(rank), run_dtensor(rank), run_refused(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -218,21 +315,37 @@ def test_a_head_that_fsdp_shards(bench: Any, found: list[dict[Any, Any]]) -> Non
             bench.assert_close(outcome["fsdp"][name], parameter.grad, 1e-12, name)
 
 
-def test_a_dtensor_of_rows(bench: Any, found: list[dict[Any, Any]]) -> None:
+@pytest.mark.parametrize("name", ["weight", "both", "hidden", "few rows"])
+def test_dtensors_of_hidden_and_weight(bench: Any, found: list[dict[Any, Any]], name: str) -> None:
     inputs = make_inputs(seed=9)
-    hidden, weight = (tensor.clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight))
-    loss = linear_shaped_cross_entropy(hidden, weight, inputs.targets, SHAPING)
+    num_rows = NUM_PROCESSES - 1 if name == "few rows" else 37
+    hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight[:num_rows].clone().requires_grad_()
+    loss = linear_shaped_cross_entropy(hidden, weight, inputs.targets.clamp(max=num_rows - 1), SHAPING)
     loss.backward()
     expected = {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad}
     for outcome in found:
         for key, value in expected.items():
-            bench.assert_close(outcome["dtensor"][key], value, 1e-12, key)
+            bench.assert_close(outcome["dtensor"][name][key], value, 1e-12, key)
 
 
-def test_a_dtensor_that_is_not_a_part_of_the_vocabulary_is_refused(found: list[dict[Any, Any]]) -> None:
-    without, replicated = found[0]["dtensor"]["messages"]
-    assert "with FSDP, call the loss inside the forward" in without
-    assert "weight must be sharded along its rows alone" in replicated
+@pytest.mark.parametrize("name", ["logits", "whole logits"])
+def test_dtensors_of_logits(bench: Any, found: list[dict[Any, Any]], name: str) -> None:
+    inputs = make_inputs(seed=9)
+    logits = inputs.logits.requires_grad_()
+    loss = shaped_cross_entropy(logits, inputs.targets, SHAPING)
+    loss.backward()
+    for outcome in found:
+        bench.assert_close(outcome["dtensor"][name]["loss"], loss.detach(), 1e-12, "loss")
+        bench.assert_close(outcome["dtensor"][name]["logits"], logits.grad, 1e-12, "gradient")
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_would_hang_or_be_wrong_is_refused_on_every_process(
+    found: list[dict[Any, Any]], name: str
+) -> None:
+    for outcome in found:
+        assert outcome["refused"].keys() == REFUSALS.keys()
+        assert re.search(REFUSALS[name], outcome["refused"][name])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rlprior.objectives import (
     LabelSmoothing,
     RewardShaping,
     SampledReward,
-    chunked,
+    chunk_sizes,
     linear_shaped_cross_entropy,
 )
 
@@ -57,8 +57,8 @@ def test_chunks_do_not_matter(bench, objective_, seed, rows, elements):
     inputs = bench.make_inputs(seed=seed)
     whole = bench.compute("chunked", objective_, inputs, "sum")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_CHUNK_ROWS", rows)
-        patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", elements)
+        patch.setattr(chunk_sizes, "CPU_CHUNK_ROWS", rows)
+        patch.setattr(chunk_sizes, "CPU_BLOCK_ELEMENTS", elements)
         parts = bench.compute("chunked", objective_, inputs, "sum")
         per_token = bench.compute("chunked", objective_, inputs, "none")
     bench.assert_agree(parts, whole, TOLERANCE)
@@ -74,8 +74,8 @@ def test_chunks_do_not_change_the_draws(bench):
     inputs = bench.make_inputs()
     whole = bench.compute("chunked", sampled, inputs, "none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_CHUNK_ROWS", 5)
-        patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 74)
+        patch.setattr(chunk_sizes, "CPU_CHUNK_ROWS", 5)
+        patch.setattr(chunk_sizes, "CPU_BLOCK_ELEMENTS", 74)
         bench.assert_agree(bench.compute("chunked", sampled, inputs, "none"), whole, TOLERANCE)
 
 

@@ -11,10 +11,10 @@ import torch
 from rlprior.objectives import (
     RewardShaping,
     SampledReward,
-    linear,
     linear_shaped_cross_entropy,
     shaped_cross_entropy,
 )
+from rlprior.objectives import inputs as inputs_module
 
 SETTINGS = (
     {"beta": -0.25, "head_reward": 0.0, "tail_reward": 0.0, "top_k": 3},
@@ -28,7 +28,7 @@ def estimate(bench, monkeypatch, path, sampled, inputs, draws):
     cumulative = inputs.logits[0].softmax(0).cumsum(0)
     shares = torch.cat([torch.zeros(1, dtype=torch.float64), cumulative])
     uniforms = torch.tensor([[float(shares[a] + shares[a + 1]) / 2 for a in draws]], dtype=torch.float64)
-    monkeypatch.setattr(linear, "_uniforms", lambda objective, targets, generator: uniforms)
+    monkeypatch.setattr(inputs_module, "draw_uniforms", lambda objective, targets, generator: uniforms)
     return bench.compute(path, sampled, inputs, "sum")
 
 
@@ -110,7 +110,7 @@ def test_the_largest_uniform_number_draws_a_possible_token():
     generator = torch.Generator()
     with pytest.MonkeyPatch.context() as patch:
         largest = torch.full((1, 1), 1 - 2**-53, dtype=torch.float64)
-        patch.setattr(linear, "_uniforms", lambda *_: largest)
+        patch.setattr(inputs_module, "draw_uniforms", lambda *_: largest)
         loss = shaped_cross_entropy(
             logits, torch.tensor([1]), SampledReward(head_reward=1.0), generator=generator
         )

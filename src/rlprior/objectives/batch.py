@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Size, Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums, losses and metrics: float64 for float64 logits, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

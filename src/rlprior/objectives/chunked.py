@@ -19,15 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from rlprior.objectives.batch import TokenBatch, TokenMetrics
+from rlprior.objectives.batch import TokenBatch, TokenMetrics, statistics_dtype
+from rlprior.objectives.chunk_sizes import choose_block_rows, choose_chunk_rows
 from rlprior.objectives.closed_form import RowEvaluator, RowPlan, Scratch, evaluate_rows_
 from rlprior.objectives.parallel import ShardColumns
-
-# Measured on CPU: below 256 rows matrix products lose speed, and smaller blocks lose it to the overhead of each pass.
-CPU_CHUNK_ROWS = 256
-CPU_BLOCK_ELEMENTS = 2**20
-# Elsewhere products need thousands of rows, and one block is one chunk.
-DEVICE_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class LossRequest:
         plan: what to compute for each row.
         summed: return the sum instead of a loss for each position.
         compute_dtype: dtype of the logits.
-        chunk_rows: positions whose logits are held at a time; None chooses by device and vocabulary.
+        chunk_rows: positions whose logits are held at a time; None chooses by device, vocabulary, width and memory.
         shard: where weight and logits hold a part of the vocabulary.
         kernels: evaluates rows in place of the generic code, on logits in the compute dtype; None is the generic code,
             whose logits have the dtype of the statistics.
@@ -62,11 +57,6 @@ class LossRequest:
     def logits_dtype(self) -> torch.dtype:
         """Dtype of a chunk's logits, and of the gradient that replaces them."""
         return self.statistics_dtype if self.kernels is None else self.compute_dtype
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 logits, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear_loss(
@@ -232,7 +222,7 @@ class _Pass:
         weight_VD = weight_VD.to(self.request.compute_dtype)
         scale_N, unit = self._gradient_scale(upstream_N) if wants_hidden or wants_weight else (None, None)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # the dtypes are chosen here
-            for start, stop in self._chunks(weight_VD.shape[0]):
+            for start, stop in self._chunks(*weight_VD.shape):
                 self._run_chunk(hidden_ND, weight_VD, start, stop, scale_N)
         for gradient in (self.hidden_gradient_ND, self.weight_gradient_VD):
             if gradient is not None and unit is not None:
@@ -279,7 +269,7 @@ class _Pass:
         """Losses of given logits; the gradient of each without its weight goes to `gradient_NV`, which holds zeros."""
         with torch.autocast(logits_NV.device.type, enabled=False):
             num_columns = logits_NV.shape[1]
-            for start, stop in self._chunks(num_columns):
+            for start, stop in self._chunks(num_columns, 0):
                 rows = self.request.batch.positions(start, stop)
                 logits_RV = self._logits_buffer(stop - start, num_columns)
                 logits_RV[:, :num_columns] = logits_NV[rows]
@@ -289,11 +279,13 @@ class _Pass:
                 if gradient_NV is not None:  # no factor before it is rounded to the dtype of the logits
                     gradient_NV[rows] = logits_RV[:, :num_columns].to(gradient_NV.dtype)
 
-    def _chunks(self, num_columns: int) -> Iterator[tuple[int, int]]:
+    def _chunks(self, num_columns: int, width: int) -> Iterator[tuple[int, int]]:
         num_targets, shard = self.request.batch.num_targets, self.request.shard
         if shard is not None:
             num_columns = shard.max_columns  # every process has the same chunks
-        max_rows = self.request.chunk_rows or _chunk_rows(self.loss_N.device, num_columns)
+        max_rows = self.request.chunk_rows or choose_chunk_rows(
+            self.loss_N.device, num_columns, width, self.request.logits_dtype.itemsize
+        )
         for start in range(0, num_targets, max_rows):
             yield start, min(start + max_rows, num_targets)
 
@@ -321,8 +313,11 @@ class _Pass:
         """Record losses and metrics from the `start`-th position on, and leave the gradient in `logits_RV`."""
         batch, shard = self.request.batch, self.request.shard
         evaluate_ = self.request.kernels or partial(evaluate_rows_, shard=shard)
-        num_rows = logits_RV.shape[0]
-        block_rows = _block_rows(logits_RV) if shard is None else num_rows  # fewer blocks, fewer collectives
+        num_rows = block_rows = logits_RV.shape[0]
+        if (
+            shard is None and self.request.kernels is None
+        ):  # fewer blocks, fewer collectives; kernels need no buffers
+            block_rows = choose_block_rows(logits_RV.device, logits_RV.shape[1])
         for low in range(0, num_rows, block_rows):
             high = min(low + block_rows, num_rows)
             rows = batch.positions(start + low, start + high)
@@ -333,18 +328,6 @@ class _Pass:
             if result.metrics is not None:
                 for whole_N, part_N in zip(self.metrics, result.metrics.tensors(), strict=True):
                     whole_N[rows] = part_N
-
-
-def _chunk_rows(device: torch.device, vocabulary: int) -> int:
-    if device.type != "cpu":
-        return DEVICE_CHUNK_ROWS
-    return max(CPU_CHUNK_ROWS, CPU_BLOCK_ELEMENTS // vocabulary)
-
-
-def _block_rows(logits_NV: Tensor) -> int:
-    if logits_NV.device.type != "cpu":
-        return DEVICE_CHUNK_ROWS
-    return max(1, CPU_BLOCK_ELEMENTS // logits_NV.shape[1])
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

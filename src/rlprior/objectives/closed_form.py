@@ -245,7 +245,7 @@ class _Rows:
 
     def read_logits(self) -> None:
         """Find what depends on the order of the logits: maximum, head, rank of the target."""
-        logits_NV, mask_NV = self.logits_NV, self.scratch.take("mask", self.logits_NV)
+        logits_NV = self.logits_NV
         candidates = None if self.plan.top_k is None else find_candidates(logits_NV, self.plan.top_k)
         self.local_max_N1 = logits_NV.amax(1, keepdim=True) if candidates is None else candidates.max_N1
         self.max_N1 = self.local_max_N1
@@ -254,8 +254,10 @@ class _Rows:
             extremes_N2 = self.shard.gather(extremes_N2).amax(0)
             self.target_N1, self.max_N1 = extremes_N2[:, :1], extremes_N2[:, 1:]
         if self.plan.wants_metrics:
+            mask_NV = self.scratch.take("mask", logits_NV)
             self.sums["num_greater"] = torch.gt(logits_NV, self.target_N1, out=mask_NV).sum(1)
         if candidates is not None:
+            mask_NV = self.scratch.take("mask", logits_NV)
             if self.shard is None:
                 threshold_N1 = head_threshold(candidates, mask_NV)
             else:

@@ -1,9 +1,10 @@
 """A vocabulary in shards: each process of a group holds some rows of the output weight, or some columns of the logits.
 
-Every process sees all positions and returns the same loss. Two collectives a chunk carry a few numbers a position and,
-where a head is selected, its `top_k` largest local logits; the gradient of the hidden states is summed once.
+Every process sees all positions and returns the same loss. A call begins with one gather of a few numbers. A chunk takes a
+gather of the target's and the largest logit, a sum of some masses, and, where a head is selected, a gather of the `top_k`
+largest local logits in between. The gradient of the hidden states is summed once.
 
-Shape suffixes: N positions, C values a position, S sums a position, P processes.
+Shape suffixes: N positions, C values a position, S sums a position, P processes, M numbers of a process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
+
+from rlprior.objectives.batch import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,34 @@ class VocabularyShard:
     group: distributed.ProcessGroup | None = None
     vocab_size: int | None = None
 
-    def locate(self, num_columns: int, device: torch.device) -> ShardColumns:
+    def locate(self, num_columns: int, batch: TokenBatch, *, wants_hidden: bool) -> ShardColumns:
         """The columns of this process, which holds `num_columns` with padding.
 
         Raises:
-            ValueError: `vocab_size` is more than all processes hold.
+            ValueError: `vocab_size` is more than all processes hold, or the processes differ in what decides their
+                collectives; on each of them.
         """
-        own = torch.tensor([[num_columns]], dtype=torch.int64, device=device)
-        sizes = [int(size) for size in _gather(own, self.group).flatten()]
+        places_N = torch.arange(1, batch.targets_N.numel() + 1, device=batch.targets_N.device)
+        own = {
+            "columns": num_columns,
+            "positions": batch.targets_N.numel(),
+            "targets that count": batch.num_targets,
+            "sum of target times place": int((batch.targets_N * places_N).sum()),
+            "whether hidden requires grad": int(wants_hidden),
+        }
+        own_1M = torch.tensor([list(own.values())], device=batch.targets_N.device)
+        gathered_MP = _gather(own_1M, self.group)[:, 0].T
+        sizes, *others = [[int(number) for number in row_P] for row_P in gathered_MP]
+        differing = [
+            f"{name} {values}"
+            for name, values in zip(list(own)[1:], others, strict=True)
+            if len(set(values)) > 1
+        ]
+        if differing:
+            raise ValueError(
+                "the processes of a shard must pass the same hidden states and targets, but differ in "
+                f"(rank by rank) {', '.join(differing)}"
+            )
         vocab_size = sum(sizes) if self.vocab_size is None else self.vocab_size
         if not 1 <= vocab_size <= sum(sizes):
             raise ValueError(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a plain number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_finite(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise ValueError(f"{field} must be a finite number, got {value!r}")
 
 
 def _require_integer(field: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if not is_number(value) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{field} must be an integer of at least {minimum}, got {value!r}")
 
 
