@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from decimal import Decimal, localcontext
 
 import pytest
@@ -17,6 +18,8 @@ from rlprior.objectives import (
     LabelSmoothing,
     RewardShaping,
     SampledReward,
+    closed_form,
+    formulas,
     linear_shaped_cross_entropy,
     shaped_cross_entropy,
 )
@@ -99,6 +102,70 @@ def test_ties_with_the_kth_logit_are_in_the_head(bench, path, dtype):
         expected = bench.oracle(shaping, inputs, "sum", 1.0)
         # The logits are exact in bfloat16, the matrix products and gradients carry its 8 bits.
         bench.assert_agree(outcome, expected, {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-2))
+
+
+@pytest.mark.parametrize("way", ["logits", *ON_CPU])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_saturated_softcap_leaves_the_order_as_it_was(bench, way, top_k):
+    """Capped at 3, logits of 40, 39.75 and 39.5 are all 3.0: the head and the rank are those of the model's own order."""
+    weight = torch.tensor([[39.5], [40.0], [39.75], [1.0], [0.0]])
+    inputs = bench.inputs(torch.ones(1, 1), weight, torch.tensor([0]), torch.ones(1))
+    shaping = RewardShaping(head_reward=0.5, tail_reward=-0.5, top_k=top_k)
+    metrics = bench.compute(way, shaping, inputs, "sum", logit_softcap=3.0).metrics
+    assert metrics.target_rank.tolist() == [3]
+    assert metrics.head_size.tolist() == [top_k]
+    total = sum(math.exp(3 * math.tanh(z / 3) - 3) for z in weight[:, 0].tolist())
+    assert metrics.head_mass.item() == pytest.approx(top_k / total, rel=1e-6)
+
+
+@pytest.mark.parametrize("columns", [40, 9000])  # without and with blocks of candidates
+def test_the_slope_of_a_softcap_does_not_cancel(columns):
+    """1 - tanh(8)^2 is 4.5e-7, of which float32 would keep three bits."""
+    logits = torch.linspace(-8, 8, columns)[None].requires_grad_()
+    capped = torch.tanh(logits.detach().double()).requires_grad_()
+    shaping = RewardShaping(beta=-0.25, head_reward=0.1, tail_reward=-0.1, top_k=columns // 20)
+    target = torch.tensor([columns - 1])
+    shaped_cross_entropy(logits, target, shaping, logit_softcap=1.0).backward()
+    shaped_cross_entropy(capped, target, shaping).backward()
+    expected = capped.grad / torch.cosh(logits.detach().double()).square()
+    # The float32 capped logits are off by one rounding, and so are the masses.
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_complement_keeps_its_precision_at_both_ends():
+    probs = torch.cat([torch.logspace(-30, -1, 30), 1 - torch.logspace(-7, -1, 7)]).float()
+    exact = torch.log1p(-probs.double())
+    actual = formulas.log_complement(probs, (1 - probs.double()).float())
+    torch.testing.assert_close(
+        actual.double(), exact, rtol=2e-7, atol=0
+    )  # a rounding of q, and one of the logarithm
+
+
+def test_a_mass_is_never_negative():
+    """A head that is all there is may add up to more than the sum over everything, in another order."""
+    one = torch.ones(1)
+    empty = dict.fromkeys(("other_weighted", "head_weighted", "finite_mean", "num_finite"))
+    sums = closed_form.RowSums(
+        max=one,
+        target=-one,
+        target_mass=one,
+        other_mass=one,
+        head_mass=torch.nextafter(one, 2 * one),
+        **empty,
+    )
+    assert sums.statistics().tail_mass.item() == 0
+
+
+@pytest.mark.parametrize(
+    "objective_", [CrossEntropy(), Focal(gamma=0.5), Focal(gamma=2.0), DynamicFineTuning()]
+)
+def test_an_impossible_target_has_a_finite_gradient(objective_):
+    logits = torch.tensor([[1.0, -torch.inf, 0.5]], requires_grad=True)
+    shaped_cross_entropy(logits, torch.tensor([1]), objective_).backward()
+    p = torch.tensor([1.0, 0.5]).softmax(0).tolist()
+    weight = 0.0 if isinstance(objective_, DynamicFineTuning) else 1.0  # p_x and q^gamma in the limit
+    expected = [weight * p[0], -weight, weight * p[1]]
+    assert logits.grad.tolist()[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_infinitely_unlikely_columns_do_not_exist(bench, objective):

@@ -11,6 +11,7 @@ import torch
 from rlprior.objectives import (
     RewardShaping,
     SampledReward,
+    formulas,
     linear_shaped_cross_entropy,
     shaped_cross_entropy,
 )
@@ -103,6 +104,19 @@ def test_paths_draw_the_same_tokens(bench):
     first, *others = (bench.compute(path, sampled, inputs, "none") for path in bench.paths)
     for other in others:
         bench.assert_agree(other, first, 1e-12)
+
+
+def test_no_uniform_number_draws_past_the_last_mass():
+    """(1 - 2^-53) times a total is below the total after rounding, whatever the total is."""
+    generator = torch.Generator().manual_seed(0)
+    masses = torch.rand(10_000, 5, generator=generator, dtype=torch.float64)
+    masses[::2] = masses[::2].float().double()
+    masses[:, 3:] = 0
+    masses[:40, 0] = 1 + torch.arange(40) * 2**-52  # totals next to a power of two
+    masses[:40, 1:] = 0
+    largest = torch.full((len(masses), 1), 1 - 2**-53, dtype=torch.float64)
+    drawn = formulas.draw_tokens(masses, largest)
+    assert (masses.gather(1, drawn) > 0).all()
 
 
 def test_the_largest_uniform_number_draws_a_possible_token():

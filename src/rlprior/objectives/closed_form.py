@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -46,7 +46,7 @@ class RowPlan:
         needs: the statistics that it asks for.
         metrics_top_k: head size of the metrics, or None where none are wanted. It is the objective's own where that
             selects a head, so that one selection serves both.
-        logit_softcap: c where the logits z are replaced by `c tanh(z / c)` before anything else; None leaves them.
+        logit_softcap: c where the logits z are replaced by `c tanh(z / c)` once their order is known; None leaves them.
         z_loss: coefficient of the squared log normalizer that is added to the loss.
     """
 
@@ -191,9 +191,9 @@ def evaluate_rows_(
             gradient means nothing.
     """
     targets_N = batch.targets_N if shard is None else shard.local_targets(batch.targets_N, logits_NV.shape[1])
-    slope_NV = None if plan.logit_softcap is None else _cap_(logits_NV, plan.logit_softcap, scratch)
     rows = _Rows(logits_NV, targets_N[:, None], plan, scratch, shard)
-    rows.read_logits()
+    rows.read_order()
+    slope_NV = None if plan.logit_softcap is None else rows.cap_(plan.logit_softcap)
     rows.normalise_()
     drawn_NS = None if batch.uniforms_NS is None else draw_tokens(rows.probs_NV, batch.uniforms_NS)
     draws = None if drawn_NS is None else rows.describe_draws(drawn_NS)
@@ -208,12 +208,18 @@ def evaluate_rows_(
     return result
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """`c tanh(z / c)` of logits of any shape; -inf stays -inf."""
+    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == -torch.inf, -torch.inf)
+
+
 def _cap_(logits_NV: Tensor, softcap: float, scratch: Scratch) -> Tensor:
-    """Replace z by `c tanh(z / c)` and return the slope of that, `1 - tanh(z / c)^2`; -inf stays -inf, with slope 0."""
+    """The same in place, and its slope, 0 at -inf."""
     is_excluded_NV = logits_NV == -torch.inf
-    logits_NV.div_(softcap).tanh_()
-    slope_NV = torch.mul(logits_NV, logits_NV, out=scratch.take("slope", logits_NV)).neg_().add_(1)
-    logits_NV.mul_(softcap).masked_fill_(is_excluded_NV, -torch.inf)
+    logits_NV.div_(softcap)
+    # 1 - tanh^2 would cancel.
+    slope_NV = torch.cosh(logits_NV, out=scratch.take("slope", logits_NV)).reciprocal_().square_()
+    logits_NV.tanh_().mul_(softcap).masked_fill_(is_excluded_NV, -torch.inf)
     return slope_NV
 
 
@@ -243,8 +249,11 @@ class _Rows:
         self.finite_NV: Tensor | None = None
         self.target_N1 = logits_NV.gather(1, targets_N1)
 
-    def read_logits(self) -> None:
-        """Find what depends on the order of the logits: maximum, head, rank of the target."""
+    def read_order(self) -> None:
+        """Find what depends on the order of the logits: maximum, head, rank of the target.
+
+        Before a softcap, which keeps the order but rounds large logits to ties.
+        """
         logits_NV = self.logits_NV
         candidates = None if self.plan.top_k is None else find_candidates(logits_NV, self.plan.top_k)
         self.local_max_N1 = logits_NV.amax(1, keepdim=True) if candidates is None else candidates.max_N1
@@ -264,9 +273,19 @@ class _Rows:
                 threshold_N1 = merged_threshold(self.shard.gather(candidates.largest_Nk))
             self.head = find_head(candidates, threshold_N1, mask_NV, for_all=self.plan.needs.num_draws > 0)
             self.sums["head_size"] = self.head.is_member_NC.sum(1)
+            self.head_holds_target_N = (self.target_N1 >= threshold_N1)[:, 0]
         if self.plan.needs.mean_log_prob:
             self.finite_NV = torch.gt(logits_NV, -torch.inf, out=self.scratch.take("finite", logits_NV))
             self.sums["num_finite"] = self.finite_NV.sum(1)
+
+    def cap_(self, softcap: float) -> Tensor:
+        """Replace all logits by the capped ones, and return the slope of that."""
+        slope_NV = _cap_(self.logits_NV, softcap, self.scratch)
+        self.target_N1 = capped(self.target_N1, softcap)
+        self.max_N1, self.local_max_N1 = capped(self.max_N1, softcap), capped(self.local_max_N1, softcap)
+        if self.head is not None and self.head.columns_NC is not None:
+            self.head = replace(self.head, values_NC=capped(self.head.values_NC, softcap))
+        return slope_NV
 
     def normalise_(self) -> None:
         """Probabilities, in a buffer of their own; the logits are shifted by their maximum where they are read again."""
@@ -325,8 +344,9 @@ class _Rows:
         """Measurements of the model, where the plan wants them."""
         if self.head is None or not self.plan.wants_metrics:
             return None
-        holds_target_N = (self.target_N1 >= self.head.threshold_N1)[:, 0]
-        return token_metrics(row, holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"])
+        return token_metrics(
+            row, self.head_holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"]
+        )
 
     def write_gradient_(
         self, terms: RowTerms, drawn_NS: Tensor | None, scale_N: Tensor, total_N: Tensor

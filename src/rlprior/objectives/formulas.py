@@ -126,7 +126,8 @@ def positive_weight(log_prob: Tensor, log_other_prob: Tensor, beta: float) -> Te
     >>> positive_weight(log_p, log_p, beta=-0.25)  # 0.5 ** (1 - 0.5 ** -0.25)
     tensor([1.1401])
     """
-    # q^beta may overflow where log p has underflowed; their product then stays below what q can tell.
+    # q^beta overflows only where q is below the smallest normal number: w is then anything between 1 and its value, which is
+    # below e, and the loss and the gradient that it multiplies have lost their precision already.
     excess = torch.expm1(beta * log_other_prob).clamp(max=torch.finfo(log_prob.dtype).max)
     weight = torch.exp(-excess * log_prob)
     inside = torch.isfinite(log_other_prob) & (log_other_prob < 0)
@@ -160,9 +161,8 @@ def draw_tokens(masses_NV: Tensor, uniforms_NS: Tensor) -> Tensor:
     tensor([[1, 1, 2]])
     """
     cumulative_NV = masses_NV.to(torch.float64).cumsum(1)
-    total_N1 = cumulative_NV[:, -1:]
-    # Below the total, so that rounding never selects a token past the last one with any mass.
-    levels_NS = torch.minimum(uniforms_NS * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    # Below the total even after rounding, as 1 - 2^-53 is the largest number: no token past the last one with any mass.
+    levels_NS = uniforms_NS * cumulative_NV[:, -1:]
     drawn_NS = torch.searchsorted(cumulative_NV, levels_NS, right=True)
     return drawn_NS.clamp(
         max=masses_NV.shape[1] - 1
@@ -267,13 +267,17 @@ def reward_shaping_terms(settings: RewardShaping, row: RowStatistics) -> RowTerm
         loss = loss + head * row.head_nats
     if row.tail_nats is not None:
         loss = loss + tail * row.tail_nats
-    expected_reward = weight + negative_reward
+    # C - r and p_x C - w, each in the order and the form in which nothing cancels as p_x tends to 1, not even where a reward is w.
+    target_gradient = torch.where(
+        row.prob > 0.5,
+        (head - weight) * row.head_mass + (tail - weight) * row.tail_mass - row.other_prob * negative_reward,
+        row.prob * negative_reward - weight * row.other_prob,
+    )
     return RowTerms(
         loss=loss,
-        head_scale=expected_reward - head,
-        tail_scale=expected_reward - tail,
-        # p_x C - w, written so that nothing cancels as p_x tends to 1.
-        target_gradient=row.prob * negative_reward - weight * row.other_prob,
+        head_scale=(weight - head) + negative_reward,
+        tail_scale=(weight - tail) + negative_reward,
+        target_gradient=target_gradient,
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from rlprior.objectives.batch import TokenMetrics
 from rlprior.objectives.chunked import LossRequest, refuse_double_backward
+from rlprior.objectives.closed_form import capped
 from rlprior.objectives.formulas import Draws, draw_tokens, positive_weight, sampled_rewards
 from rlprior.objectives.settings import (
     CrossEntropy,
@@ -36,7 +37,7 @@ class Distribution:
     """The model's next-token distribution at each position and the target in it.
 
     Attributes:
-        logits_NV: detached; only their order is used.
+        logits_NV: detached and before a softcap; only their order is used.
         log_probs_NV: differentiable; -inf where the logit is.
         targets_N1: int64.
         uniforms_NS: float64 in [0, 1), or None where nothing is drawn.
@@ -155,11 +156,11 @@ def linear_loss(
             hidden_ND[kept].to(request.compute_dtype), weight_VD.to(request.compute_dtype)
         )
         logits_NV = logits_NV.to(request.statistics_dtype)
-        softcap = request.plan.logit_softcap
+        given_NV, softcap = logits_NV.detach(), request.plan.logit_softcap
         if softcap is not None:
-            logits_NV = softcap * torch.tanh(logits_NV / softcap)
+            logits_NV = capped(logits_NV, softcap)
         model = Distribution(
-            logits_NV=logits_NV.detach(),
+            logits_NV=given_NV,
             log_probs_NV=logits_NV.log_softmax(1),
             targets_N1=rows.targets_N[:, None],
             uniforms_NS=rows.uniforms_NS,
