@@ -6,8 +6,9 @@ Shape suffixes: N positions, R positions of a chunk, V vocabulary, D width.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,8 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlprior.objectives import CrossEntropy, Objective, RewardShaping, linear_shaped_cross_entropy
+from rlprior.objectives.linear import Implementation
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+PREFIXES: dict[Implementation, str] = {"chunked": "rlprior", "triton": "rlprior_triton"}
+LABELS = {
+    "plain": "`F.linear` + `F.cross_entropy`",
+    "torch_linear_cross_entropy": "torch's `linear_cross_entropy`",
+    "compiled_chunked": "compiled chunked cross-entropy",
+    "liger": "Liger",
+    "cut_cross_entropy": "cut-cross-entropy, exact",
+    "cross_entropy": "`CrossEntropy()`",
+    "beta": "`beta=-0.25`",
+    "tail": "`tail_reward=-0.1`",
+    "head": "`head_reward=0.1`",
+    "tail_with_metrics": "`tail_reward=-0.1` and metrics",
+}
+CHOOSES_ITS_CHUNK = ("torch_linear_cross_entropy", "liger")
 
 SHAPINGS: dict[str, Objective] = {
     "cross_entropy": CrossEntropy(),
@@ -51,7 +68,7 @@ class _CompiledChunks(torch.autograd.Function):
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
-            loss, gradient_RV = _compiled_rows(hidden_ND[chunk] @ weight_VD.t(), targets_N[chunk])
+            loss, gradient_RV = _compiled_rows()(hidden_ND[chunk] @ weight_VD.t(), targets_N[chunk])
             total += loss
             torch.mm(gradient_RV, weight_VD, out=hidden_gradient[chunk])
             weight_gradient.addmm_(
@@ -68,8 +85,12 @@ class _CompiledChunks(torch.autograd.Function):
         return *(gradient * (upstream / ctx.count) for gradient in ctx.saved_tensors), None, None
 
 
-@partial(torch.compile, dynamic=False)
-def _compiled_rows(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+@cache
+def _compiled_rows() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_evaluate_rows, dynamic=False)
+
+
+def _evaluate_rows(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
     shifted_RV = logits_RV.float() - logits_RV.float().amax(1, keepdim=True)
     log_total_R1 = shifted_RV.exp().sum(1, keepdim=True).log()
     loss = (log_total_R1 - shifted_RV.gather(1, targets_R[:, None])).sum()
@@ -89,49 +110,42 @@ def shaped(
     targets_N: Tensor,
     *,
     shaping: Objective,
+    implementation: Implementation,
     rows: int | None = None,
     metrics: bool = False,
 ) -> Tensor:
-    """This project's loss."""
+    """This project's loss at a chunk size, or at the one that it chooses."""
+    arguments = (hidden_ND, weight_VD, targets_N, shaping)
+    options: Any = {"implementation": implementation, "chunk_rows": rows}
     if metrics:
-        return linear_shaped_cross_entropy(
-            hidden_ND, weight_VD, targets_N, shaping, chunk_rows=rows, return_metrics=True
-        )[0]
-    return linear_shaped_cross_entropy(hidden_ND, weight_VD, targets_N, shaping, chunk_rows=rows)
+        return linear_shaped_cross_entropy(*arguments, **options, return_metrics=True)[0]
+    return linear_shaped_cross_entropy(*arguments, **options)
 
 
 def liger(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, rows: int | None) -> Tensor:
-    """Liger's fused loss; `rows` in place of the chunk that it chooses."""
-    from liger_kernel.ops import fused_linear_cross_entropy as ops
+    """Liger's fused loss at the chunk that it chooses, or at one of this many rows."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    if rows is None:
-        return ops.LigerFusedLinearCrossEntropyFunction.apply(hidden_ND, weight_VD, targets_N)[0]
-    return _liger_at(ops, rows, hidden_ND, weight_VD, targets_N)
-
-
-def _liger_at(ops: Any, rows: int, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    # Liger derives its chunk from shapes alone: next_power_of_2(ceil(N / ceil(V / D))).
-    exact, ops.triton = ops.triton, _ChunkOf(ops.triton, rows)
-    try:
-        return ops.LigerFusedLinearCrossEntropyFunction.apply(hidden_ND, weight_VD, targets_N)[0]
-    finally:
-        ops.triton = exact
+    budget = 1 if rows is None else find_liger_budget(rows, *hidden_ND.shape, weight_VD.shape[0])
+    return liger_fused_linear_cross_entropy(hidden_ND, weight_VD, targets_N, chunk_mem_const=budget)
 
 
-class _ChunkOf:
-    """The triton module with another answer to Liger's question for its chunk; its block sizes keep theirs."""
+def find_liger_budget(rows: int, num_rows: int, width: int, vocabulary: int) -> int:
+    """The `chunk_mem_const` C at which Liger takes chunks of this many rows.
 
-    def __init__(self, triton: Any, rows: int) -> None:
-        self._triton, self._rows, self._is_first = triton, rows, True
+    Liger derives them from shapes: the power of two from N / ceil(V / (C D)) on, and N at most.
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._triton, name)
-
-    def next_power_of_2(self, value: int) -> int:
-        if self._is_first:
-            self._is_first = False
-            return self._rows
-        return self._triton.next_power_of_2(value)
+    Raises:
+        ValueError: there is none.
+    """
+    for budget in itertools.count(1):
+        num_chunks = -(-vocabulary // (budget * width))
+        chunk = min(1 << (-(-num_rows // num_chunks) - 1).bit_length(), num_rows)
+        if chunk == rows:
+            return budget
+        if chunk > rows or num_chunks == 1:
+            raise ValueError(f"Liger takes no chunks of {rows} rows at this size")
+    raise AssertionError
 
 
 def cut_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -163,7 +177,29 @@ def find_contenders(device: str, chunk_sizes: list[int]) -> tuple[dict[str, Loss
             found |= {f"liger[{rows}]": partial(liger, rows=rows) for rows in chunk_sizes}
         else:
             found["cut_cross_entropy"] = cut_cross_entropy
-    for name, shaping in SHAPINGS.items():
-        found[f"rlprior_{name}"] = partial(shaped, shaping=shaping)
-    found["rlprior_tail_with_metrics"] = partial(shaped, shaping=SHAPINGS["tail"], metrics=True)
+    for implementation in ("chunked",) if device == "cpu" else ("chunked", "triton"):
+        prefix = PREFIXES[implementation]
+        if implementation == "triton" and importlib.util.find_spec("triton") is None:
+            missing[f"{prefix}_cross_entropy"] = "triton is not installed"
+            continue
+        for name, shaping in SHAPINGS.items():
+            own = partial(shaped, shaping=shaping, implementation=implementation)
+            found[f"{prefix}_{name}"] = own
+            if device != "cpu":  # where the others are matched too
+                found |= {f"{prefix}_{name}[{rows}]": partial(own, rows=rows) for rows in chunk_sizes}
+        found[f"{prefix}_tail_with_metrics"] = partial(
+            shaped, shaping=SHAPINGS["tail"], implementation=implementation, metrics=True
+        )
     return found, missing
+
+
+def label(name: str) -> str:
+    """A contender's name for a reader."""
+    base, _, rows = name.removesuffix("]").partition("[")
+    text = LABELS.get(base, "")
+    for prefix, owner in (("rlprior_triton_", "rlprior, triton, "), ("rlprior_", "rlprior, ")):
+        if not text and base.startswith(prefix):
+            text = owner + LABELS[base.removeprefix(prefix)]
+    if rows:
+        return f"{text}, chunks of {rows}"
+    return f"{text}, the chunk that it chooses" if base in CHOOSES_ITS_CHUNK else text

@@ -1,11 +1,13 @@
 """Time and peak memory of losses on hidden states, forward and backward, all contenders in turn in one process.
 
-    python -m benchmarks.loss.run --device cpu                        # a few minutes on two cores
+    python -m benchmarks.loss.run --device cpu                        # about half an hour on an idle core
     python -m benchmarks.loss.run --device cuda --chunk-sizes 2048 4096
     python -m benchmarks.loss.run --sizes 4096x256x8192 --repeats 15 --threads 1
+    python -m benchmarks.loss.run --table benchmarks/results/loss-cpu.json   # the table of docs/loss.md
 
 Writes JSON with every repeat, the machine and the versions, and a picture beside it. Ratios are taken repeat by repeat,
-between runs that were next to each other, and reported as their median with quartiles.
+between runs that were next to each other, and reported as their median with quartiles. Contenders that take more than three times
+as long as the plain loss run in the first three repeats only.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.loss.contenders import Loss, find_contenders
+from benchmarks.loss.contenders import Loss, find_contenders, label
 from torch import Tensor
 
 CPU_SIZES = ["4096x256x8192", "1024x512x151936"]
 GPU_SIZES = [f"{rows}x{width}x151936" for rows in (8192, 32768) for width in (1536, 2560, 4096)]
-REFERENCES = ("plain", "rlprior_cross_entropy")
+REFERENCES = ("plain", "rlprior_cross_entropy", "rlprior_triton_cross_entropy")
+SLOW = {"more_than_plain": 3.0, "repeats": 3}
 
 
 def make_inputs(size: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,17 +111,25 @@ def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All contenders at one size: seconds of every repeat, peak bytes, and ratios with their quartiles."""
     contenders, missing = find_contenders(arguments.device, arguments.chunk_sizes)
     inputs = make_inputs(size, arguments.device, getattr(torch, arguments.dtype))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    second_run: dict[str, float] = {}
     for name, loss in list(contenders.items()):
         try:
             run_once(loss, inputs)
-            run_once(loss, inputs)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            missing[name] = str(error).splitlines()[0][:200]
-            del contenders[name], seconds[name]
+            second_run[name] = run_once(loss, inputs)
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            ImportError,
+        ) as error:  # out of memory, another version, no such chunk
+            missing[name] = (str(error) or type(error).__name__).splitlines()[0][:200]
+            del contenders[name]
+    limit = SLOW["more_than_plain"] * second_run.get("plain", float("inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(arguments.repeats):
         for name, loss in contenders.items():
-            seconds[name].append(run_once(loss, inputs))
+            if repeat < SLOW["repeats"] or second_run[name] <= limit:
+                seconds[name].append(run_once(loss, inputs))
         print(f"{size}: repeat {repeat + 1} of {arguments.repeats}", file=sys.stderr)
     del inputs
     rows: dict[str, Any] = {}
@@ -127,11 +139,16 @@ def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "median_seconds": statistics.median(seconds[name]),
             "peak_bytes": measure_memory(name, loss, size, arguments),
         }
-        for reference in REFERENCES:
-            ratios = [own / other for own, other in zip(seconds[name], seconds[reference], strict=True)]
+        for reference in find_references(contenders):
+            ratios = [own / other for own, other in zip(seconds[name], seconds[reference], strict=False)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             rows[name][f"time_over_{reference}"] = {"median": middle, "quartiles": [low, high]}
     return {"size": size, "contenders": rows, "not_measured": missing}
+
+
+def find_references(contenders: Collection[str]) -> list[str]:
+    """The contenders that all are compared to, of those that could be measured."""
+    return [name for name in REFERENCES if name in contenders]
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -148,23 +165,36 @@ def describe_machine(device: str) -> dict[str, Any]:
     return machine
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """The measurements of one size for a person."""
-    print(f"\n{result['size']} (positions x width x vocabulary)")
-    print(f"{'':<34}{'ms':>9}{'/ plain':>9}{'/ own CE':>10}{'  (quartiles)':<16}{'peak MB':>9}")
-    for name, row in result["contenders"].items():
-        own = row["time_over_rlprior_cross_entropy"]
-        quartiles = "  ({:.2f}-{:.2f})".format(*own["quartiles"])
-        print(
-            f"{name:<34}{row['median_seconds'] * 1e3:>9.1f}{row['time_over_plain']['median']:>9.2f}"
-            f"{own['median']:>10.2f}{quartiles:<16}{row['peak_bytes'] / 1e6:>9.0f}"
-        )
-    for name, why in result["not_measured"].items():
-        print(f"{name:<34}not measured: {why}")
+def format_table(results: list[dict[str, Any]]) -> str:
+    """Times relative to this project's own cross-entropy and peak memory, one line a contender, in Markdown."""
+    sizes = [result["size"].replace("x", " x ") for result in results]
+    names = dict.fromkeys(
+        name for result in results for name in (*result["contenders"], *result["not_measured"])
+    )
+    lines = [
+        "| positions x width x vocabulary | " + " | memory | ".join(sizes) + " | memory |",
+        "|---" * (1 + 2 * len(results)) + "|",
+    ]
+    for name in names:
+        cells = [cell for result in results for cell in _cells(name, result)]
+        lines.append("| " + " | ".join((label(name), *cells)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, result: dict[str, Any]) -> tuple[str, str]:
+    row = result["contenders"].get(name)
+    if row is None:
+        return f"not measured: {result['not_measured'].get(name, 'not asked for')}", ""
+    reference = find_references(result["contenders"])[-1]
+    memory = f"{row['peak_bytes'] / 1e6:.0f} MB"
+    if name == reference:
+        return f"1 ({row['median_seconds'] * 1e3:.4g} ms)", memory
+    ratio = row[f"time_over_{reference}"]
+    return "{:.2f} ({:.2f}-{:.2f})".format(ratio["median"], *ratio["quartiles"]), memory
 
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Time and memory of every contender relative to the plain loss, one row of panels a size."""
+    """Time and memory of every contender relative to the plain loss where it ran, one row of panels a size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4 * len(results)), layout="constrained")
@@ -173,22 +203,25 @@ def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> 
         names = list(result["contenders"])[::-1]
         rows = [result["contenders"][name] for name in names]
         colors = ["#1f77b4" if name.startswith("rlprior") else "#999999" for name in names]
-        middles = [row["time_over_plain"]["median"] for row in rows]
+        reference = find_references(names)[0]
+        middles = [row[f"time_over_{reference}"]["median"] for row in rows]
         spread = [
             [
-                abs(row["time_over_plain"]["quartiles"][side] - middle)
+                abs(row[f"time_over_{reference}"]["quartiles"][side] - middle)
                 for row, middle in zip(rows, middles, strict=True)
             ]
             for side in (0, 1)
         ]
         left.barh(names, middles, xerr=spread, color=colors, capsize=2)
         left.set_title(f"time, {result['size']}", loc="left")
-        left.set_xlabel("relative to F.linear + F.cross_entropy (median, quartiles)")
-        plain_bytes = result["contenders"]["plain"]["peak_bytes"]
-        right.barh(names, [row["peak_bytes"] / plain_bytes for row in rows], color=colors)
+        left.set_xlabel(f"relative to {reference} (median, quartiles)")
+        reference_bytes = max(
+            result["contenders"][reference]["peak_bytes"], 1
+        )  # the smallest problems show none
+        right.barh(names, [row["peak_bytes"] / reference_bytes for row in rows], color=colors)
         right.set_yticklabels([])
         right.set_title("peak memory beyond the inputs", loc="left")
-        right.set_xlabel("relative to F.linear + F.cross_entropy")
+        right.set_xlabel(f"relative to {reference}")
         for panel in (left, right):
             panel.axvline(1, color="black", linewidth=0.8)
     figure.suptitle(
@@ -208,11 +241,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--table", type=Path, metavar="JSON", help="print the table of earlier results and stop"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats must be at least 2: quartiles need two numbers")
+    if arguments.table:
+        print(format_table(json.loads(arguments.table.read_text())["results"]))
+        return
     on_cpu = arguments.device == "cpu"
     arguments.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-    arguments.chunk_sizes = arguments.chunk_sizes or ([128, 256, 512] if on_cpu else [2048])
+    arguments.chunk_sizes = arguments.chunk_sizes or ([128, 256, 512, 1024] if on_cpu else [2048, 4096])
     arguments.out = arguments.out or Path(f"benchmarks/results/loss-{arguments.device}.json")
     sizes = arguments.sizes or (CPU_SIZES if on_cpu else GPU_SIZES)
     torch.set_num_threads(arguments.threads)
@@ -221,11 +262,25 @@ def main() -> None:
         return
     results = [measure(size, arguments) for size in sizes]
     machine = describe_machine(arguments.device)
-    for result in results:
-        print_table(result)
+    print(format_table(results))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python -m benchmarks.loss.run --device {arguments.device} --threads {arguments.threads} --repeats {arguments.repeats}"
-    content = {"command": command, "dtype": arguments.dtype, "machine": machine, "results": results}
+    options = {
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "sizes": " ".join(sizes),
+        "chunk-sizes": " ".join(map(str, arguments.chunk_sizes)),
+    }
+    content = {
+        "command": " ".join(
+            ["python -m benchmarks.loss.run", *(f"--{key} {value}" for key, value in options.items())]
+        ),
+        "dtype": arguments.dtype,
+        "machine": machine,
+        "repeats": arguments.repeats,
+        "slow": SLOW,
+        "results": results,
+    }
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     draw(results, machine, arguments.out.with_suffix(".png"))
     print(f"\nwritten: {arguments.out} and {arguments.out.with_suffix('.png')}")

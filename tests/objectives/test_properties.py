@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.objectives.conftest import PATHS
 
 from rlprior.objectives import (
     CrossEntropy,
@@ -36,7 +37,7 @@ objectives = st.one_of(
     st.just(DynamicFineTuning()),
 )
 seeds = st.integers(0, 2**20)
-paths = st.sampled_from(["logits", "chunked", "reference"])
+paths = st.sampled_from(PATHS)
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 # Reordered float64 sums of some hundred terms whose size is up to a thousand times that of the result.
