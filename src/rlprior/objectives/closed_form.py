@@ -21,6 +21,7 @@ from rlprior.objectives.formulas import (
     RowStatistics,
     RowTerms,
     add_z_loss,
+    capped,
     draw_tokens,
     target_log_prob,
 )
@@ -208,13 +209,8 @@ def evaluate_rows_(
     return result
 
 
-def capped(logits: Tensor, softcap: float) -> Tensor:
-    """`c tanh(z / c)` of logits of any shape; -inf stays -inf."""
-    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == -torch.inf, -torch.inf)
-
-
 def _cap_(logits_NV: Tensor, softcap: float, scratch: Scratch) -> Tensor:
-    """The same in place, and its slope, 0 at -inf."""
+    """`capped` in place; returns its slope, 0 at -inf."""
     is_excluded_NV = logits_NV == -torch.inf
     logits_NV.div_(softcap)
     # 1 - tanh^2 would cancel.

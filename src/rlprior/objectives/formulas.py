@@ -150,6 +150,11 @@ def focal_weights(
     return factor, factor * (1 + gamma * prob * ratio)
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """`c tanh(z / c)` of logits of any shape; -inf stays -inf."""
+    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == -torch.inf, -torch.inf)
+
+
 def draw_tokens(masses_NV: Tensor, uniforms_NS: Tensor) -> Tensor:
     """Tokens [N, S] by inversion of the cumulative distribution, so that one uniform number decides one draw.
 

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from rlprior.objectives.batch import TokenMetrics
 from rlprior.objectives.chunked import LossRequest, refuse_double_backward
-from rlprior.objectives.closed_form import capped
-from rlprior.objectives.formulas import Draws, draw_tokens, positive_weight, sampled_rewards
+from rlprior.objectives.formulas import Draws, capped, draw_tokens, positive_weight, sampled_rewards
 from rlprior.objectives.settings import (
     CrossEntropy,
     DynamicFineTuning,
