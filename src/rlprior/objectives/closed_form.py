@@ -246,10 +246,7 @@ class _Rows:
         self.target_N1 = logits_NV.gather(1, targets_N1)
 
     def read_order(self) -> None:
-        """Find what depends on the order of the logits: maximum, head, rank of the target.
-
-        Before a softcap, which keeps the order but rounds large logits to ties.
-        """
+        """Find what depends on the order of the logits, before a softcap rounds some to ties: maximum, head, target's rank."""
         logits_NV = self.logits_NV
         candidates = None if self.plan.top_k is None else find_candidates(logits_NV, self.plan.top_k)
         self.local_max_N1 = logits_NV.amax(1, keepdim=True) if candidates is None else candidates.max_N1
