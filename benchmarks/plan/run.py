@@ -23,12 +23,15 @@ import resource
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler._utils import traverse_dfs
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from rlprior.config import decode
@@ -180,17 +183,28 @@ def measure_resident(case: dict[str, Any], world: World) -> dict[str, float]:
     }
 
 
+def bytes_alive(profiled: Any) -> Iterator[tuple[int, int]]:
+    """Times in nanoseconds of every allocation and release, and the bytes then alive of what was allocated under the profiler."""
+    events = traverse_dfs(profiled.profiler.kineto_results.experimental_event_tree())
+    changes = [event for event in events if event.tag == _EventType.Allocation]
+    sizes: dict[int, int] = {}
+    alive = 0
+    for event in sorted(changes, key=lambda event: event.start_time_ns):
+        pointer, num_bytes = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if num_bytes > 0:
+            sizes[pointer] = num_bytes
+            alive += num_bytes
+        else:  # of blocks from before, the profiler may report a size that is not theirs
+            alive -= sizes.pop(pointer, 0)
+        yield event.start_time_ns, alive
+
+
 def peak_of_step(profiled: Any) -> int:
     """Most bytes alive during the measured step, those from before included."""
-    events = list(profiled.profiler.kineto_results.events())
+    events = profiled.profiler.kineto_results.events()
     [step] = [event for event in events if event.name() == "measured step"]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    alive = largest = 0
-    for time, num_bytes in changes:
-        alive += num_bytes
-        if step.start_ns() <= time <= step.end_ns():
-            largest = max(largest, alive)
-    return largest
+    inside = [alive for time, alive in bytes_alive(profiled) if step.start_ns() <= time <= step.end_ns()]
+    return max(inside)
 
 
 def count_flops() -> FlopCounterMode:
