@@ -25,12 +25,12 @@ from rlprior.training.memory import (
 from rlprior.training.planning import (
     DEVICES_PER_NODE,
     GIGABYTE,
-    PEAK_FLOPS,
     RESERVED_FRACTION,
     StagePlan,
 )
+from rlprior.training.throughput import PEAKS
 
-DEVICES = (*PEAK_FLOPS, "cpu")
+DEVICES = (*PEAKS, "cpu")
 Place = Mapping[str, Any]
 """num_devices and device_type of `TrainingJob`."""
 

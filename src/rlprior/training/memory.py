@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
+
 from rlprior.config import UsageError
 from rlprior.models.presets import Shape, num_parameters
-from rlprior.objectives.chunked import CPU_BLOCK_ELEMENTS, CPU_CHUNK_ROWS, DEVICE_CHUNK_ROWS
+from rlprior.objectives.chunk_sizes import choose_block_rows, choose_chunk_rows
 from rlprior.training.language_model import TrainingConfig, rows_of_rank
 from rlprior.world import World
 
@@ -350,13 +352,14 @@ def _mask_bytes(job: TrainingJob, num_layers: int) -> float:
 
 
 def _logits_bytes(job: TrainingJob) -> float:
-    """Logits of a chunk in float32, with probabilities, mask and temporaries of a block; on GPUs the block is the chunk.
+    """Logits of a chunk in float32, with probabilities, mask and temporaries of a block, on steps that log metrics, which need most.
 
-    On steps that log metrics, which need the mask and the most of temporaries: one, and on CPUs with a small vocabulary another.
+    A device with so little memory that its chunks are smaller needs less.
     """
-    vocabulary, tokens = float(job.vocab_size), job.micro_batch_tokens
-    if job.device_type != "cpu":
-        return 4 * FLOAT32_BYTES * min(DEVICE_CHUNK_ROWS, tokens) * vocabulary
-    block_rows = max(1, CPU_BLOCK_ELEMENTS // job.vocab_size)
-    rows = min(max(CPU_CHUNK_ROWS, block_rows), tokens)
-    return FLOAT32_BYTES * (rows + 4 * min(block_rows, tokens)) * vocabulary
+    vocabulary, tokens = job.vocab_size, job.micro_batch_tokens
+    device = torch.device(job.device_type)
+    rows = choose_chunk_rows(
+        device, vocabulary, job.shape.hidden_size, logit_bytes=FLOAT32_BYTES, memory_bytes=10**15
+    )
+    block_rows = min(choose_block_rows(device, vocabulary), rows)
+    return FLOAT32_BYTES * (min(rows, tokens) + 4.0 * min(block_rows, tokens)) * vocabulary

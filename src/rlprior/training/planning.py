@@ -22,6 +22,7 @@ from rlprior.training.memory import (
     peak,
     start_up_cpu_bytes,
 )
+from rlprior.training.throughput import PEAKS
 
 GIGABYTE = 1e9
 RESERVED_FRACTION = 0.1
@@ -29,15 +30,6 @@ RESERVED_FRACTION = 0.1
 DEVICES_PER_NODE = 8
 MAX_DEVICES = 4096
 RECOMPUTATIONS = ("none", "selective", "full")
-
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "a100": {"bfloat16": 312e12, "float32": 19.5e12},
-    "h100": {"bfloat16": 989.4e12, "float32": 67e12},
-    "h200": {"bfloat16": 989.4e12, "float32": 67e12},
-    "b200": {"bfloat16": 2250e12, "float32": 75e12},
-}
-"""FLOP/s of dense matrix products by device and precision, as NVIDIA's data sheets state them for the SXM modules and HGX B200 (half of
-the figures "with sparsity"). float32 is without TF32, which torch does not use unless told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +106,7 @@ def plan_stage(job: TrainingJob, *, device: str, memory_gb: float, mfu: float) -
 
     Args:
         job: the stage and its devices.
-        device: key of `PEAK_FLOPS`, or 'cpu', whose time is not estimated.
+        device: key of `PEAKS`, or 'cpu', whose time is not estimated.
         memory_gb: of each device, in 10^9 bytes.
         mfu: model FLOPs utilisation, above 0 and at most 1.
 
@@ -129,8 +121,8 @@ def plan_stage(job: TrainingJob, *, device: str, memory_gb: float, mfu: float) -
     peak_moment, peak_bytes = peak(moments)
     flops = training_flops_per_token(job.shape, job.vocab_size, job.training.sequence_length)
     speed = None
-    if device in PEAK_FLOPS:
-        speed = job.num_devices * PEAK_FLOPS[device][job.precision] * mfu / flops
+    if device in PEAKS:
+        speed = job.num_devices * getattr(PEAKS[device], job.precision) * mfu / flops
     return StagePlan(
         job=job,
         device=device,

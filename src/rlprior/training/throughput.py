@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-PEAK_BF16_FLOPS: tuple[tuple[str, float, str], ...] = (
-    ("A100", 312e12, "NVIDIA A100 datasheet"),
-    ("H100 PCIe", 756e12, "NVIDIA H100 PCIe product brief: 1513 with sparsity"),
-    ("H100 NVL", 835.5e12, "NVIDIA H100 datasheet: 1671 with sparsity"),
-    ("H100 80GB HBM3", 989.5e12, "NVIDIA H100 datasheet, SXM: 1979 with sparsity"),
-    ("H200 NVL", 835.5e12, "NVIDIA H200 datasheet: 1671 with sparsity"),
-    ("H200", 989.5e12, "NVIDIA H200 datasheet, SXM: 1979 with sparsity"),
-    ("B200", 2250e12, "NVIDIA Blackwell datasheet, HGX B200: 4500 with sparsity"),
-    ("L40S", 362e12, "NVIDIA L40S datasheet: 733 with sparsity"),
-    ("MI300X", 1307.4e12, "AMD Instinct MI300X datasheet"),
-)
-"""Part of the device's name -> dense bfloat16 FLOP/s of its matrix units, and the source; the first that fits holds."""
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of dense matrix products, as the maker's datasheet states them (half of a figure "with sparsity").
+
+    Attributes:
+        name: part of the name that torch gives the device.
+        bfloat16: of the matrix units.
+        float32: without TF32, which torch does not use unless told to.
+    """
+
+    name: str
+    bfloat16: float
+    float32: float
+
+
+PEAKS: dict[str, Peak] = {
+    "a100": Peak("A100", 312e12, 19.5e12),
+    "h100-pcie": Peak("H100 PCIe", 756e12, 51e12),
+    "h100-nvl": Peak("H100 NVL", 835.5e12, 60e12),
+    "h100": Peak("H100 80GB HBM3", 989.5e12, 67e12),
+    "h200-nvl": Peak("H200 NVL", 835.5e12, 60e12),
+    "h200": Peak("H200", 989.5e12, 67e12),
+    "b200": Peak("B200", 2250e12, 75e12),
+    "l40s": Peak("L40S", 362e12, 91.6e12),
+    "mi300x": Peak("MI300X", 1307.4e12, 163.4e12),
+}
+"""Devices by the name that `rlprior plan --device` takes; of several whose part fits a name, the first holds."""
 
 
 def peak_flops_per_second(device_name: str) -> float | None:
@@ -28,7 +45,7 @@ def peak_flops_per_second(device_name: str) -> float | None:
     """
     if "MIG" in device_name:  # a slice of the device, of a size that its name gives in another unit
         return None
-    return next((peak for part, peak, _ in PEAK_BF16_FLOPS if part in device_name), None)
+    return next((peak.bfloat16 for peak in PEAKS.values() if peak.name in device_name), None)
 
 
 def model_flops_per_token(model: Any, sequence_length: int) -> float | None:
