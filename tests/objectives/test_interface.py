@@ -25,6 +25,7 @@ from rlprior.objectives import (
     shaped_cross_entropy,
 )
 
+IN_TORCH = ("auto", *(name for name in IMPLEMENTATIONS if name != "triton"))
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "loss.md"
 
 
@@ -235,7 +236,7 @@ def test_a_compiled_model_gets_the_gradients_of_an_eager_one():
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("implementation", [name for name in ON_CPU if name != "triton"])
+@pytest.mark.parametrize("implementation", IN_TORCH)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tied_embeddings(implementation, reduction):
     """One parameter read twice receives the sum of what each use would receive alone."""
@@ -259,7 +260,7 @@ def test_tied_embeddings(implementation, reduction):
     torch.testing.assert_close(embedding.weight.grad, separate[0].grad + separate[1].grad)
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("implementation", IN_TORCH)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_computes_logits_low_and_gradients_in_full(bench, implementation, reduction):
     inputs = bench.make_inputs(n=100, v=50, d=16, scale=0.5).to(torch.float32)
