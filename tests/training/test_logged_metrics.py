@@ -24,7 +24,7 @@ from rlprior.training import language_model, spikes
 from rlprior.training.checkpoint import checkpoint_directory, list_checkpoints
 from rlprior.training.language_model import LanguageModelConfig
 from rlprior.training.spikes import SpikeCounter
-from rlprior.training.throughput import PEAK_BF16_FLOPS, model_flops_per_token, peak_flops_per_second
+from rlprior.training.throughput import PEAKS, model_flops_per_token, peak_flops_per_second
 from rlprior.training.update import Updater
 
 CONFIG = study_config()
@@ -233,7 +233,7 @@ def test_peaks_are_found_by_the_names_that_torch_gives() -> None:
         "cpu": None,
     }
     assert {name: peak_flops_per_second(name) for name in names} == names
-    assert all(1e14 < peak < 1e16 and source for _, peak, source in PEAK_BF16_FLOPS)
+    assert all(1e14 < peak.bfloat16 < 1e16 and 1e13 < peak.float32 < 1e15 for peak in PEAKS.values())
 
 
 def test_mfu_is_flops_of_the_tokens_over_the_peak_and_left_out_where_the_peak_is_unknown(
