@@ -215,6 +215,9 @@ def count_flops() -> FlopCounterMode:
         # rows of one matrix each: [S, D] x [E, D, F]; its weight gradient: [D, S] x [S, F], every row once
         return 2 * left[0] * left[1] * right[-1]
 
+    def linear(inputs: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * inputs[0] * inputs[1] * weight[0]
+
     known = {
         aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
@@ -222,6 +225,7 @@ def count_flops() -> FlopCounterMode:
     }
     mapping = {operation: inspect.unwrap(flop_registry[like]) for operation, like in known.items()}
     mapping[aten._grouped_mm] = grouped
+    mapping[torch.ops.mkldnn._linear_pointwise] = linear
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

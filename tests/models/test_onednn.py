@@ -66,6 +66,20 @@ def test_values_and_gradients_are_as_exact_as_pytorchs(bias: bool, layout: str) 
     assert error(found, exact) < 1e-6
 
 
+def test_other_dtypes_autocast_and_no_rows_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small(bias=True)
+    multiply_with_onednn(model)
+    monkeypatch.delattr(onednn, "_multiply")
+    assert copy.deepcopy(model).double()(torch.ones(2, 24).double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.ones(2, 24)).dtype == torch.bfloat16
+    assert model(torch.ones(0, 24)).shape == (0, 7)
+    with torch.no_grad():
+        model(torch.ones(2, 24))
+    with pytest.raises(NameError):
+        model(torch.ones(2, 24))
+
+
 def test_a_frozen_layer_gets_no_gradient_and_passes_it_on() -> None:
     model = Small(bias=True)
     expected = gradients(model, torch.ones(4, 24))

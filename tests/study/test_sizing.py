@@ -122,7 +122,7 @@ def test_a_person_reads_what_fits_and_what_would(capsys: pytest.CaptureFixture[s
         (["plan", "none.toml"], "none.toml: no such file; give the path of a TOML file"),
         (["plan", "none.toml", "--tokens", "1e9"], "--tokens goes with --model; a file says it itself"),
         (["plan", "none.toml", "--model", "4b"], "not allowed with argument"),
-        (["plan", "--model", "4b", "--device", "tpu"], "--device tpu is unknown; known: a100, h100, h200, b200, cpu"),
+        (["plan", "--model", "4b", "--device", "tpu"], "--device tpu is unknown; known: a100, h100-pcie"),
         (["plan", "--model", "4b", "--devices", "0"], "--devices 0 must be at least 1"),
         (["plan", "--model", "4b", "--devices", "48"], "a batch of 4096 rows (batch_tokens / sequence_length) cannot be"),
         (["plan", "--model", "4b", "--memory", "-1"], "--memory -1.0 must be above 0"),

@@ -222,10 +222,10 @@ def test_peaks_are_found_by_the_names_that_torch_gives() -> None:
     names = {
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA A100-PCIE-40GB": 312e12,
-        "NVIDIA H100 80GB HBM3": 989.5e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 NVL": 835.5e12,
-        "NVIDIA H200": 989.5e12,
+        "NVIDIA H200": 989.4e12,
         "NVIDIA H200 NVL": 835.5e12,
         "NVIDIA B200": 2250e12,
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,

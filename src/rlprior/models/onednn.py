@@ -31,7 +31,8 @@ def is_onednn_faster() -> bool:
 def multiply_with_onednn(model: Any) -> None:
     """Have oneDNN compute the products of every linear layer of a float32 model on a CPU, forward and backward.
 
-    Without gradients, where sampling multiplies a few rows at a time, the layers are as before: setting up costs more there. The output head keeps its own: the loss reads its weight. The weights and their names stay as they are.
+    Without gradients, where sampling multiplies a few rows at a time, the layers are as before: setting up costs more there. So they are in
+    other dtypes and under autocast. The output head keeps its own: the loss reads its weight. The weights and their names stay as they are.
     """
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -40,7 +41,8 @@ def multiply_with_onednn(model: Any) -> None:
 
 
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
+    is_float32 = input.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (torch.is_grad_enabled() and is_float32 and input.is_cpu and input.numel()):
         return nn.functional.linear(input, layer.weight, layer.bias)
     flat_ND = input.reshape(-1, layer.in_features)
     apply = cast(Any, _Product).apply
