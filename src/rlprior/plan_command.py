@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="h100",
-        help="a100, h100, h200, b200, or cpu, whose time is not estimated (default: h100)",
+        help="a100, h100, h200, b200, ... or cpu, whose time is not estimated (default: h100)",
     )
     parser.add_argument(
         "--mfu", type=float, default=0.4, metavar="SHARE", help="model FLOPs utilisation (default: 0.4)"
@@ -67,10 +67,11 @@ def run(known: argparse.Namespace, overrides: list[str]) -> int:
             overrides=overrides,
         )
     else:
+        vocab_size = given.pop("vocab-size")
         for name, value in given.items():
             if value is not None:
                 raise UsageError(f"--{name} goes with --model; a file says it itself")
-        jobs = jobs_of_file(known.file, where, overrides)
+        jobs = jobs_of_file(known.file, where, overrides, vocab_size)
     plans = {
         name: plan_stage(job, device=known.device, memory_gb=known.memory, mfu=known.mfu)
         for name, job in jobs.items()

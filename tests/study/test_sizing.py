@@ -180,3 +180,14 @@ def test_help_comes_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rlprior plan --model 4b --devices 64 --tokens 500e9" in done.stdout
+
+
+def test_a_file_whose_tokenizer_is_not_there_yet_is_planned_with_its_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(Path(__file__).parents[2] / "configs" / "paper" / "pretrain.toml")
+    there = f"--data_dir={tmp_path}"
+    assert main(["plan", file, there]) == 2
+    assert "before it is there, say how many entries it has: --vocab-size N" in capsys.readouterr().err
+    assert main(["plan", file, there, "--devices", "64", "--vocab-size", "151936"]) == 0
+    assert "pretrain: 4.02B parameters" in capsys.readouterr().out

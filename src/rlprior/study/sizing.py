@@ -85,19 +85,27 @@ def jobs_of_preset(
     return {preset: TrainingJob(shape=shape, vocab_size=vocab_size, training=training, **where)}
 
 
-def jobs_of_file(path: Path, where: Place, overrides: Sequence[str] = ()) -> dict[str, TrainingJob]:
-    """The language-model stages of a study's file, or the one of a file of `rlprior train`, by name."""
+def jobs_of_file(
+    path: Path, where: Place, overrides: Sequence[str] = (), vocab_size: int | None = None
+) -> dict[str, TrainingJob]:
+    """The language-model stages of a study's file, or the one of a file of `rlprior train`, by name.
+
+    Without `vocab_size` the tokenizer that the file names has to be there.
+    """
     tables = apply_overrides(read_toml(path), overrides)
     if "training" not in tables and ("pretrain" in tables or "arms" in tables):
         study = decode(StudyConfig, tables, source=str(path))
         stages = {"pretrain": study.pretrain, "midtrain": study.midtrain}
-        shape, vocab_size = study.model.shape, _vocab_size(study.data, study.data_dir)
+        shape = study.model.shape
+        vocab_size = vocab_size or _vocab_size(study.data, study.data_dir)
     else:
         file = decode(TrainFile, tables, source=str(path))
         stages = {"midtrain" if file.init_from else "pretrain": file.training}
-        shape, vocab_size = file.model.shape, _vocab_size(file.data, file.data_dir)
         if file.init_from:
             shape, vocab_size = _read_shape(Path(file.init_from))
+        else:
+            shape = file.model.shape
+            vocab_size = vocab_size or _vocab_size(file.data, file.data_dir)
     return {
         name: TrainingJob(shape=shape, vocab_size=vocab_size, training=training, **where)
         for name, training in stages.items()
@@ -110,7 +118,13 @@ def _vocab_size(data: DataConfig, data_dir: str | None) -> int:
         return data.tokenizer.vocab_size
     from rlprior.models.causal_lm import load_tokenizer
 
-    return len(load_tokenizer(Path(data.data_dir or data_dir or ".") / data.tokenizer.path))
+    folder = Path(data.data_dir or data_dir or ".") / data.tokenizer.path
+    try:
+        return len(load_tokenizer(folder))
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; before it is there, say how many entries it has: --vocab-size N"
+        ) from None
 
 
 def _read_shape(folder: Path) -> tuple[Shape, int]:
@@ -156,8 +170,8 @@ def _headline(name: str, plan: StagePlan) -> list[str]:
         f"{name}: {_count(job.num_parameters)} parameters, {_count(num_active_parameters(job.shape))} active without embeddings",
         f"{job.num_devices} {kind} ({plan.device}, {plan.memory_gb:g} GB){sharding}; {job.precision}; "
         f"activation_checkpointing {engine.activation_checkpointing!r}",
-        f"a step: {job.training.batch_tokens:,} tokens in rows of {job.training.sequence_length:,}; "
-        f"a device: {job.num_micro_batches} x {job.micro_batch_tokens:,}",
+        f"a step: {job.training.batch_tokens:,} tokens in rows of {job.training.sequence_length:,}; a device takes "
+        f"{job.num_micro_batches} micro-batches of {job.micro_batch_tokens:,} tokens",
     ]
 
 
