@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -101,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlprior: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except RunStopped as stop:
-        print(f"rlprior: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"rlprior: {stop}", file=sys.stderr)
         return 0
     except KeyboardInterrupt as interrupt:
         print("\nrlprior: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

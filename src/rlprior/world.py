@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m rlprior train train.toml --out runs/big
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,10 +69,6 @@ class World:
         dist.all_reduce(totals)
         return dict(zip(values, totals.tolist(), strict=True))
 
-    def any(self, condition: bool) -> bool:
-        """Whether the condition holds in any process."""
-        return self.sum({"condition": float(condition)})["condition"] > 0
-
     def gather(self, value: T) -> list[T]:
         """Plain data of every process, in the order of their ranks."""
         if self.size == 1:
@@ -121,7 +118,9 @@ def join_world() -> Iterator[World]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("nccl" if ALONE.device_type == "cuda" else "gloo")
+    # plain data and offloaded weights go over gloo; others wait while the first process writes and hashes a checkpoint
+    backend = "cpu:gloo,cuda:nccl" if ALONE.device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     try:
         yield World(dist.get_rank(), size)
     finally:

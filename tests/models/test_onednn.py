@@ -80,6 +80,15 @@ def test_other_dtypes_autocast_and_no_rows_are_left_to_pytorch(monkeypatch: pyte
         model(torch.ones(2, 24))
 
 
+def test_a_second_derivative_is_refused() -> None:
+    model = Small(bias=False)
+    multiply_with_onednn(model)
+    inputs = torch.ones(4, 24, requires_grad=True)
+    (first,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_a_frozen_layer_gets_no_gradient_and_passes_it_on() -> None:
     model = Small(bias=True)
     expected = gradients(model, torch.ones(4, 24))

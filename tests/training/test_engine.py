@@ -7,16 +7,21 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.small_study import environment, outcome, run_cli, train_tables, write_toml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlprior.cli import main
 from rlprior.config import UsageError, apply_overrides
 from rlprior.data.packing import PackedBatch
 from rlprior.models.causal_lm import build_model
@@ -24,6 +29,7 @@ from rlprior.models.presets import ModelConfig
 from rlprior.objectives import RewardShaping
 from rlprior.runs import read_jsonl
 from rlprior.training import checkpoint as checkpoint_module
+from rlprior.training import language_model
 from rlprior.training.checkpoint import CheckpointSaver, last_good_checkpoint, restore_optimizer
 from rlprior.training.engine import EngineConfig, LanguageModelLoss, prepare_model
 from rlprior.training.update import OptimizerConfig, Updater
@@ -128,14 +134,23 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_weights() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "full"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # the compiler's own
-def test_compiled_layers_give_the_same_numbers() -> None:
-    loss, gradients = loss_and_gradients(EngineConfig(compile=True))
+def test_compiled_layers_give_the_same_numbers(kind: Any) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss, gradients = loss_and_gradients(EngineConfig(compile=True, activation_checkpointing=kind))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     expected_loss, expected = loss_and_gradients(EngineConfig())
     # fused operations round elsewhere
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
+def test_compiled_layers_with_selective_recomputation_are_refused() -> None:
+    with pytest.raises(ValueError, match="compile goes with activation_checkpointing 'none' or 'full'"):
+        EngineConfig(compile=True, activation_checkpointing="selective")
 
 
 @pytest.mark.parametrize("config", [EngineConfig(shard_size=2), EngineConfig(cpu_offload=True)])
@@ -239,6 +254,53 @@ def test_a_checkpoint_in_the_background_holds_the_moment_of_its_step(
     saver.finish()
     for file in expected.iterdir():
         assert (directory / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_what_is_kept_of_a_tensor_that_one_process_has_whole_is_a_copy() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensor = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
+        kept = checkpoint_module._whole(tensor, is_kept=True, copy=True)
+        tensor.to_local().zero_()
+        assert kept is not None
+        assert kept.tolist() == [0, 1, 2, 3, 4, 5]
+        restored = checkpoint_module._part_of(torch.ones(6), tensor)
+        assert torch.equal(restored.full_tensor(), torch.ones(6))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checkpoint_is_there_once_its_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not only when the next one begins: a kill in between must not take it."""
+    seen: dict[int, bool] = {}
+    original = language_model.train_step
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        seen[options["step"]] = (checkpoints / "step-00000010").exists()
+        if options["step"] > 10:
+            time.sleep(0.05)  # for the thread
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(language_model, "train_step", look)
+    file = tiny_training(
+        tmp_path,
+        "training.engine.background_checkpoints=true",
+        *("model.num_layers=1", "model.hidden_size=32", "training.save_every=10"),
+    )
+    assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 0
+    assert not seen[10]
+    assert seen[20]
+
+
+def test_a_run_does_not_go_on_in_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_training(tmp_path, "model.num_layers=1", "model.hidden_size=32")
+    train(1, file, tmp_path / "run")
+    forget_second_half(tmp_path / "run", tmp_path / "half")
+    monkeypatch.setattr(language_model, "resolve_precision", lambda *_: "bfloat16")
+    assert main(["train", str(file), "--out", str(tmp_path / "half")]) == 2
+    assert not (tmp_path / "half" / "result.json").exists()
 
 
 # Processes. `train` is the command line, as a user has it.

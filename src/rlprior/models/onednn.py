@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
+from torch.autograd.function import Function, once_differentiable
 
 
 @functools.cache
@@ -64,7 +64,10 @@ class _Product(Function):
         return _multiply(inputs_ND, weight_FD)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         inputs_ND, weight_FD = ctx.saved_tensors
         gradient_NF = upstream[0]
         wants_inputs, wants_weight = ctx.needs_input_grad

@@ -98,7 +98,8 @@ class CheckpointSaver:
             state: counters to resume from (plain data).
 
         Returns:
-            The checkpoint's folder; written in the background, it exists from `finish()` on.
+            The checkpoint's folder; written in the background, it exists from `finish()` on, which is to be called once no process
+            `is_writing`, lest a kill takes the finished files.
 
         Raises:
             RunError: the disk is full. The checkpoints before stay whole.
@@ -118,6 +119,13 @@ class CheckpointSaver:
             self._pending.run(write)
             self.finish()
         return final
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is writing in the background; where none is, `finish` waits for nobody."""
+        return (
+            self._pending is not None and self._pending.thread is not None and self._pending.thread.is_alive()
+        )
 
     def finish(self) -> None:
         """Wait for the files of all processes, and put the checkpoint in sight; nothing where none is being written.
@@ -168,6 +176,9 @@ class _PendingCheckpoint:
             self.hashes = write()
         except Exception as error:
             self.error = error
+        except BaseException as error:
+            self.error = RuntimeError(f"the checkpoint was not written: {error!r}")
+            raise
 
 
 def _publish(pending: _PendingCheckpoint, outcomes: list[tuple[dict[str, str], Exception | None]]) -> None:
@@ -225,7 +236,7 @@ def _flush(file: Path) -> None:
 def _whole(tensor: torch.Tensor, *, is_kept: bool, copy: bool) -> torch.Tensor | None:
     """The whole tensor in CPU memory where it `is_kept`; every process calls this, as sharded ones are gathered."""
     if isinstance(tensor, DTensor):
-        tensor, copy = tensor.full_tensor(), False
+        tensor = tensor.full_tensor()  # which may be the live storage, where one process has it all
     return tensor.detach().to("cpu", copy=copy).contiguous() if is_kept else None
 
 
@@ -288,13 +299,20 @@ def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimi
                 kind, name = key.split("/", 1)
                 value, parameter = opened.get_tensor(key), parameters[name]
                 if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-                    # all processes read the same file: nothing has to be sent
-                    value = distribute_tensor(
-                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-                    )
-                elif value.ndim:
-                    value = value.to(parameter.device)
-                optimizer.state[parameter][kind] = value
+                    value = _part_of(value, parameter)
+                # the count of steps too: a fused optimizer wants it beside the weights
+                optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _part_of(value: torch.Tensor, parameter: DTensor) -> torch.Tensor:
+    """What this process holds of a whole tensor; all processes read the same file, so that nothing is sent."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    part = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
+    # weights that are offloaded lie on the CPU, whatever the mesh
+    part = part.to(parameter.to_local().device)
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
 
 
 def list_checkpoints(run_directory: Path) -> list[Checkpoint]:

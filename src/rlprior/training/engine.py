@@ -49,6 +49,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.shard_size is not None and self.shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, not {self.shard_size}")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "compile goes with activation_checkpointing 'none' or 'full': what 'selective' keeps is not seen inside compiled layers"
+            )
 
     def writes_in_background(self, device_type: str) -> bool:
         """Whether checkpoints are written while training goes on."""
@@ -111,6 +115,13 @@ class LanguageModelLoss(nn.Module):
         return loss, {name: torch.nansum(value.double()) for name, value in sums.items()}
 
 
+def resolve_precision(precision: Precision, world: World) -> Literal["float32", "bfloat16"]:
+    """What 'auto' is on the world's devices: bfloat16 on GPUs, float32 on CPUs."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if world.device_type == "cuda" else "float32"
+
+
 def prepare_model(model: Any, config: EngineConfig, precision: Precision, world: World) -> LanguageModelLoss:
     """The model with its loss, on its device, sharded over the processes of the world.
 
@@ -123,19 +134,17 @@ def prepare_model(model: Any, config: EngineConfig, precision: Precision, world:
     Raises:
         UsageError: settings that do not fit the world, or a model without a list of layers where one is needed.
     """
-    if precision == "auto":
-        precision = "bfloat16" if world.device_type == "cuda" else "float32"
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, resolve_precision(precision, world))
     if world.device_type == "cpu" and dtype == torch.float32 and not config.compile and is_onednn_faster():
         multiply_with_onednn(model)
+    # a forward of its own, and not a wrapper, leaves the names of the weights as they are
+    if config.compile:
+        for layer in _layers(model):
+            layer.forward = torch.compile(layer.forward)
     if config.activation_checkpointing != "none":
         options = _recomputation(config.activation_checkpointing)
         for layer in _layers(model):
-            # a forward of its own, and not a wrapper, leaves the names of the weights as they are
             layer.forward = partial(checkpoint, layer.forward, **options)
-    if config.compile:
-        for layer in _layers(model):
-            layer.compile()
     if world.size > 1:
         module = LanguageModelLoss(model)
         _shard(module, config, world, dtype)

@@ -30,7 +30,13 @@ from rlprior.training.checkpoint import (
     restore_optimizer,
     tokens_seen,
 )
-from rlprior.training.engine import EngineConfig, LanguageModelLoss, Precision, prepare_model
+from rlprior.training.engine import (
+    EngineConfig,
+    LanguageModelLoss,
+    Precision,
+    prepare_model,
+    resolve_precision,
+)
 from rlprior.training.schedule import ScheduleConfig, learning_rate
 from rlprior.training.spikes import SpikeCounter
 from rlprior.training.throughput import model_flops_per_token, peak_flops_per_second
@@ -147,7 +153,8 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     rows = rows_of_rank(training, world)
     checkpoint = world.on_main(lambda: _find_checkpoint(run.directory))
     model = _start_model(config, corpus, checkpoint.directory if checkpoint else None)
-    module = prepare_model(model, training.engine, training.precision, world)
+    precision = resolve_precision(training.precision, world)
+    module = prepare_model(model, training.engine, precision, world)
     updater = Updater(module, training.optimizer)
     balancer = ExpertBalancer.attach(model, rate=config.model.balancing_rate)
     saver = CheckpointSaver(
@@ -163,6 +170,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     first_step = 1
     tokens_before = tokens_seen(Path(config.init_from)) if config.init_from else 0
     if checkpoint:
+        _check_precision(checkpoint, precision)
         restore_optimizer(checkpoint.directory, model, updater.optimizer)
         updater.restore_counters(checkpoint.state)
         spikes.restore(checkpoint.state)
@@ -200,15 +208,29 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
                     "num_spikes": spikes.num_spikes,
                 },
             )
-            is_stopped = world.any(is_asked_to_stop()) and step < training.num_steps
+            asked = world.sum({"stop": float(is_asked_to_stop()), "writing": float(saver.is_writing)})
+            if not asked["writing"]:
+                saver.finish()
+            is_stopped = asked["stop"] > 0 and step < training.num_steps
             if step % training.save_every == 0 or training.is_milestone(step) or is_stopped:
-                last = saver.save(step, {"tokens": tokens, **updater.counters, **spikes.state})
+                counters = {**updater.counters, **spikes.state}
+                last = saver.save(step, {"tokens": tokens, "precision": precision, **counters})
             if is_stopped:
                 saver.finish()
                 raise RunStopped(step, training.num_steps)
-    saver.finish()
-    run.finish({"checkpoint": str(last.relative_to(run.directory)), "num_skipped": updater.num_skipped})
+        saver.finish()
+        run.finish({"checkpoint": str(last.relative_to(run.directory)), "num_skipped": updater.num_skipped})
     return last
+
+
+def _check_precision(checkpoint: Checkpoint, precision: str) -> None:
+    """UsageError where a run that left the choice to the device has come to one with another."""
+    before = checkpoint.state["precision"]
+    if before != precision:
+        raise UsageError(
+            f"{checkpoint.directory}: computed in {before}, and 'auto' is {precision} on this device; go on on a device like the "
+            f"first, or start anew with --training.precision={before}"
+        )
 
 
 def _balance(balancer: ExpertBalancer, updater: Updater) -> dict[str, Any]:
