@@ -214,6 +214,18 @@ def outcome(directory: Path) -> dict[str, bytes]:
     return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
 
 
+class Vocabulary:
+    """Stands in for a tokenizer where its size and its special tokens are all that counts."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+
 class GradientRecorder:
     """Takes the place of `Updater`: keeps the gradients and changes nothing."""
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -79,7 +77,7 @@ WITHOUT_SETTINGS = ("watch", "report")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0 (after SIGTERM too), 1 for a failure, 2 for a usage error, 130 when interrupted."""
-    from rlprior.runs import RunStopped
+    from rlprior.runs import RunStopped, on_termination
     from rlprior.tracking import require_packages
 
     try:
@@ -90,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"rlprior: warning: {message}", file=sys.stderr
         )
         require_packages(getattr(known, "track", ()))
-        with _termination_as_interrupt():
+        with on_termination(_interrupt):
             return _RUN[known.command](known, overrides)
     except UsageError as error:
         print(f"rlprior: {error}", file=sys.stderr)
@@ -114,21 +112,9 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM came: what a scheduler sends before it takes the machine away, and no failure."""
 
 
-@contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def _interrupt() -> NoReturn:
     """SIGTERM stops as Ctrl-C does; training loops, which save first, take it themselves."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    raise _Terminated
 
 
 def _overrides(command: str, rest: Sequence[str]) -> list[str]:

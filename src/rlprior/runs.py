@@ -214,15 +214,22 @@ class RunStopped(Exception):
 def catch_termination() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM has come is the caller's to ask inside; outside it ends the process, as ever.
 
-    Only the main thread can catch signals: elsewhere the answer is always no.
+    Outside the main thread the answer is always no.
     """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    former = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    try:
+    came: list[None] = []  # a second signal may come in the middle of noting the first: nothing that locks
+    with on_termination(lambda: came.append(None)):
         yield lambda: bool(came)
+
+
+@contextlib.contextmanager
+def on_termination(react: Callable[[], object]) -> Iterator[None]:
+    """`react` is called where SIGTERM comes inside; only the main thread can catch signals, and in others nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda *_: react())
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, former)
 

@@ -5,8 +5,10 @@ torchrun --nproc-per-node 8 -m rlprior train train.toml --out runs/big
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -121,6 +123,8 @@ def join_world() -> Iterator[World]:
     # plain data and offloaded weights go over gloo; others wait while the first process writes and hashes a checkpoint
     backend = "cpu:gloo,cuda:nccl" if ALONE.device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+    # sharded models are reference cycles that keep gloo's threads alive; one that frees a tensor while Python ends aborts
+    atexit.register(gc.collect)
     try:
         yield World(dist.get_rank(), size)
     finally:

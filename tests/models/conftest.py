@@ -16,6 +16,18 @@ SMALL = ModelConfig(
     num_layers=3, hidden_size=32, intermediate_size=48, num_heads=4, num_key_value_heads=2, head_dim=16
 )
 
+SMALL_MIXTURE = ModelConfig(
+    preset="tiny-moe",
+    num_layers=2,
+    hidden_size=32,
+    intermediate_size=16,
+    num_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    # scores far enough apart that loads are uneven
+    initializer_range=0.3,
+)
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:

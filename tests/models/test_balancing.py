@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.conftest import SMALL_MIXTURE
 from tests.small_study import environment
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,23 +21,12 @@ from rlprior.models.causal_lm import build_model, evaluation_mode, head_weight
 from rlprior.models.presets import ModelConfig
 from rlprior.seeding import torch_generator
 
-SMALL = ModelConfig(
-    preset="tiny-moe",
-    num_layers=2,
-    hidden_size=32,
-    intermediate_size=16,
-    num_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    # scores far enough apart that loads are uneven
-    initializer_range=0.3,
-)
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 8, 2
 
 
 @pytest.fixture
 def model(tokenizer: Any) -> Any:
-    return build_model(SMALL, tokenizer, max_positions=64, seed=0).train()
+    return build_model(SMALL_MIXTURE, tokenizer, max_positions=64, seed=0).train()
 
 
 def random_ids(num_rows: int = 6, length: int = 20, seed: int = 0) -> Tensor:
@@ -327,7 +317,7 @@ def skewed_batches(num_steps: int) -> Iterator[Tensor]:
 
 def violations(tokenizer: Any, rate: float, num_steps: int) -> tuple[list[float], list[float]]:
     """Mean violation and loss of each step of a small training run."""
-    model = build_model(SMALL, tokenizer, max_positions=64, seed=1).train()
+    model = build_model(SMALL_MIXTURE, tokenizer, max_positions=64, seed=1).train()
     balancer = ExpertBalancer.attach(model, rate=rate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     found, losses = [], []

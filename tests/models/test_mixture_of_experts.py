@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models.conftest import SMALL_MIXTURE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
@@ -27,17 +28,6 @@ from rlprior.models.qwen3_moe import as_qwen3_moe
 from rlprior.objectives import RewardShaping, linear_shaped_cross_entropy
 from rlprior.seeding import torch_generator
 
-SMALL = ModelConfig(
-    preset="tiny-moe",
-    num_layers=2,
-    hidden_size=32,
-    intermediate_size=16,
-    num_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    initializer_range=0.3,
-)
-
 
 def random_ids(num_rows: int, length: int) -> Tensor:
     return torch.randint(3, 250, (num_rows, length), generator=torch_generator(0, "ids"))
@@ -51,7 +41,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def biased(tokenizer: Any) -> Any:
     """A model with selection biases that change what it says."""
-    model = build_model(SMALL, tokenizer, max_positions=64, seed=0)
+    model = build_model(SMALL_MIXTURE, tokenizer, max_positions=64, seed=0)
     before = logits_of(model, random_ids(2, 12))
     for layer in model.model.layers:
         layer.mlp.gate.e_score_correction_bias.normal_(std=0.2, generator=torch_generator(0, "bias"))
@@ -131,7 +121,7 @@ def test_a_model_with_a_bias_is_not_exported_to_qwen3_moe(biased: Any) -> None:
 
 
 def test_sigmoid_weights_are_not_exported_to_qwen3_moe(tokenizer: Any) -> None:
-    model = build_model(SMALL, tokenizer, max_positions=64, seed=0)
+    model = build_model(SMALL_MIXTURE, tokenizer, max_positions=64, seed=0)
     with pytest.raises(UsageError, match="2 experts a token: Qwen3-MoE weighs them by the softmax"):
         as_qwen3_moe(model)
 
@@ -145,7 +135,7 @@ def test_another_model_is_not_exported_to_qwen3_moe(tokenizer: Any) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_expert_a_token_is_exported_to_qwen3_moe_with_equal_logits(tokenizer: Any, tied: bool) -> None:
     config = ModelConfig(
-        **{**vars(SMALL), "num_experts_per_token": 1, "tied_embeddings": tied, "rope_theta": 5e4}
+        **{**vars(SMALL_MIXTURE), "num_experts_per_token": 1, "tied_embeddings": tied, "rope_theta": 5e4}
     )
     model = build_model(config, tokenizer, max_positions=64, seed=0)
     before = torch.get_rng_state()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.small_study import Vocabulary
 from torch import nn
 
 from rlprior.models import onednn
@@ -116,12 +117,6 @@ def test_the_head_is_left_alone_and_a_copy_has_weights_of_its_own() -> None:
 def test_a_model_trains_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every linear layer of a decoder but the head, and no gradient is lost."""
 
-    class Vocabulary:
-        bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-        def __len__(self) -> int:
-            return 24
-
     calls: list[tuple[int, ...]] = []
     original = onednn._multiply
 
@@ -132,7 +127,7 @@ def test_a_model_trains_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "_multiply", count)
     shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     config = ModelConfig(**shape, num_heads=2, num_key_value_heads=1, head_dim=16)
-    model = build_model(config, Vocabulary(), max_positions=16, seed=0).train()
+    model = build_model(config, Vocabulary(24), max_positions=16, seed=0).train()
     multiply_with_onednn(model)
     ids = torch.arange(10)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

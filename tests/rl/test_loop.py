@@ -12,6 +12,7 @@ import torch
 from tests.small_study import (
     GradientRecorder,
     Killed,
+    Vocabulary,
     crash_on_call,
     find_run,
     make_run,
@@ -58,10 +59,7 @@ def spread_model() -> Any:
     """A model whose probabilities differ by orders of magnitude, so that no error hides in near-uniform rows."""
     config = dataclasses.replace(CONFIG.model, initializer_range=0.2)
 
-    class Vocabulary(list[int]):
-        bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-    return build_model(config, Vocabulary(range(50)), max_positions=64, seed=0)
+    return build_model(config, Vocabulary(50), max_positions=64, seed=0)
 
 
 def random_groups(num_groups: int = 4, num_samples: int = 3) -> list[Group]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,14 @@ def test_the_run_on_the_longest_way_goes_first(tmp_path: Path, monkeypatch: pyte
 def test_never_more_runs_than_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
 
-    def collect_one(
-        running: dict[Future[Path], PlannedRun],
-    ) -> Iterator[tuple[PlannedRun, BaseException | None]]:
+    num_running: list[int] = []
+
+    def wait_for_one(_: processes.Pool, running: dict[Future[Path], PlannedRun]) -> set[Future[Path]]:
         """The other runs take longer."""
         num_running.append(len(running))
-        future = next(iter(running))
-        yield running.pop(future), future.exception()
+        return {next(iter(running))}
 
-    num_running: list[int] = []
-    monkeypatch.setattr(runner, "_collect_done", collect_one)
+    monkeypatch.setattr(processes.Pool, "wait", wait_for_one)
     plan = plan_study(study_config("seeds=[0,1,2]"), tmp_path)
     assert len(make_all(plan, num_workers=3)) == len(plan)
     assert max(num_running) == 3
@@ -199,15 +197,23 @@ def test_processes_go_on_after_a_failure_and_make_only_what_is_missing(tmp_path:
     assert load_study(tmp_path).missing == ()
 
 
-def test_a_killed_worker_ends_the_study_in_one_line(tmp_path: Path) -> None:
-    """As the kernel does when memory runs out."""
+@pytest.mark.parametrize("which", ["a worker that trains", "a worker that has yet to take its run"])
+def test_a_killed_worker_ends_the_study_in_one_line(tmp_path: Path, which: str) -> None:
+    """As the kernel does when memory runs out. The other worker saves and ends: it takes no run that is left in the queue."""
     plan = plan_study(study_config("pretrain.num_steps=100000", "pretrain.eval_every=0"), tmp_path)
     deadline = time.monotonic() + 120
+    frozen: list[int] = []
+    killed: list[int] = []
 
     def kill_when_training(running: Sequence[PlannedRun], pending: Sequence[PlannedRun]) -> None:
         assert time.monotonic() < deadline
-        if any(run.stage == "pretrain" and read_progress(run.directory) for run in running):
-            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        workers = multiprocessing.active_children()
+        if which != "a worker that trains" and len(workers) == 2 and not frozen:
+            frozen.append(max(worker.pid or 0 for worker in workers))
+            os.kill(frozen[0], signal.SIGSTOP)
+        if not killed and any(run.stage == "pretrain" and read_progress(run.directory) for run in running):
+            killed.append(frozen[0] if frozen else workers[0].pid or 0)
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(
         RunError, match=r"pretrain .*: the process was killed.*run the same command again"
@@ -216,6 +222,8 @@ def test_a_killed_worker_ends_the_study_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
     assert multiprocessing.active_children() == []
     assert [planned.label for planned in plan if planned.is_done] == ["data"]
+    started = [planned.label for planned in plan if (planned.directory / "metrics.jsonl").exists()]
+    assert len(started) == 1 or which == "a worker that trains"
 
 
 def test_study_file_and_times(tmp_path: Path) -> None:

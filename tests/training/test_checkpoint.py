@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.small_disk import fill, small_disk
+from tests.small_study import Vocabulary
 
 from rlprior.config import RunError
 from rlprior.models.causal_lm import build_model, load_model
@@ -41,18 +42,11 @@ FILES = {
 }
 
 
-class Vocabulary:
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-    def __len__(self) -> int:
-        return 24
-
-
 def make_model() -> Any:
     shape = ModelConfig(
         num_layers=1, hidden_size=16, intermediate_size=24, num_heads=2, num_key_value_heads=1, head_dim=8
     )
-    return build_model(shape, Vocabulary(), max_positions=16, seed=0)
+    return build_model(shape, Vocabulary(24), max_positions=16, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tests.small_study import environment, outcome, run_cli, train_tables, write_toml
+from tests.small_study import Vocabulary, environment, outcome, run_cli, train_tables, write_toml
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,13 +38,6 @@ from rlprior.world import ALONE, World
 SHAPING = RewardShaping(beta=-0.25, tail_reward=-0.1, top_k=5)
 
 
-class Vocabulary:
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-    def __len__(self) -> int:
-        return 32
-
-
 def small_model(**shape: Any) -> Any:
     sizes = {
         "num_layers": 2,
@@ -55,7 +48,7 @@ def small_model(**shape: Any) -> Any:
         "head_dim": 16,
         "initializer_range": 0.2,
     }
-    return build_model(ModelConfig(**{**sizes, **shape}), Vocabulary(), max_positions=16, seed=0).train()
+    return build_model(ModelConfig(**{**sizes, **shape}), Vocabulary(32), max_positions=16, seed=0).train()
 
 
 def small_batch() -> PackedBatch:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.plan.run import CASE_KEYS, bytes_alive, measure, predict
-from tests.training.test_engine import Vocabulary
+from tests.small_study import Vocabulary
 from torch.profiler import ProfilerActivity, profile
 
 from rlprior.config import UsageError, decode
@@ -64,7 +64,7 @@ def allocated_by_forward(num_layers: int, engine: EngineConfig, numbers: str, **
     `numbers`: 'float32', 'autocast' (one process in bfloat16), or 'bfloat16' throughout, as FSDP2 gathers the weights of several.
     """
     config = ModelConfig(num_layers=num_layers, **shape)
-    model: Any = build_model(config, Vocabulary(), max_positions=LENGTH, seed=0).train()
+    model: Any = build_model(config, Vocabulary(32), max_positions=LENGTH, seed=0).train()
     prepare_model(model, engine, "float32", ALONE)
     if numbers == "bfloat16":
         model.to(torch.bfloat16)
@@ -102,7 +102,7 @@ def test_activations_of_a_layer_are_those_that_the_model_saves(
     for num_layers in (4, 2):
         job = make_job(
             ModelConfig(num_layers=num_layers, **shape).shape,
-            vocab_size=len(Vocabulary()),
+            vocab_size=len(Vocabulary(32)),
             num_devices=2 if numbers == "bfloat16" else 1,
             device_type="cpu",
             sequence_length=LENGTH,
@@ -138,13 +138,13 @@ def test_a_step_takes_what_is_planned(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["tiny", "20m", "tiny-moe"])
 def test_weights_gradients_and_moments_are_exact_sums(preset: str) -> None:
-    model: Any = build_model(ModelConfig(preset=preset), Vocabulary(), max_positions=16, seed=0)
+    model: Any = build_model(ModelConfig(preset=preset), Vocabulary(32), max_positions=16, seed=0)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    job = make_job(preset, vocab_size=len(Vocabulary()), num_devices=1)
+    job = make_job(preset, vocab_size=len(Vocabulary(32)), num_devices=1)
     memory = memory_by_moment(job)["embeddings"]
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     for kind, tensors in (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.small_study import Vocabulary
 
 from rlprior.config import RunError
 from rlprior.models.presets import ModelConfig
@@ -147,13 +148,7 @@ def test_frozen_parameters_and_models_without_vectors_are_fine() -> None:
 def test_qwens_norms_do_not_decay() -> None:
     from rlprior.models.causal_lm import build_model
 
-    class Vocabulary:
-        bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-        def __len__(self) -> int:
-            return 8
-
-    model = build_model(ModelConfig(num_layers=1), Vocabulary(), max_positions=8, seed=0)
+    model = build_model(ModelConfig(num_layers=1), Vocabulary(8), max_positions=8, seed=0)
     matrices, vectors = build_optimizer(model, OptimizerConfig()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)

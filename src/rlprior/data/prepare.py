@@ -35,7 +35,7 @@ from rlprior.data.tokenizer import (
     token_dtype,
     train_tokenizer,
 )
-from rlprior.processes import open_pool, started_without_interrupts
+from rlprior.processes import Pool, open_pool
 from rlprior.runs import Run, code_fingerprint, disk_errors, sync_directory, write_json
 
 CODE = ("rlprior.data", "rlprior.tasks", "rlprior.seeding")
@@ -250,13 +250,11 @@ class _Attempt:
             return
         ahead: deque[tuple[Batch, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
         for batch in batches:
-            with started_without_interrupts():
-                future = pool.submit(_token_ids_apart, self._directory / "tokenizer", batch)
-            ahead.append((batch, future))
+            ahead.append((batch, pool.submit(_token_ids_apart, self._directory / "tokenizer", batch)))
             if len(ahead) > 2 * self._config.num_workers:
-                yield _collected(*ahead.popleft())
+                yield _collected(pool, *ahead.popleft())
         while ahead:
-            yield _collected(*ahead.popleft())
+            yield _collected(pool, *ahead.popleft())
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast, batch: Batch) -> list[np.ndarray]:
@@ -278,7 +276,11 @@ def _worker_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(directory)
 
 
-def _collected(batch: Batch, future: Future[tuple[np.ndarray, np.ndarray]]) -> tuple[Batch, list[np.ndarray]]:
+def _collected(
+    pool: Pool, batch: Batch, future: Future[tuple[np.ndarray, np.ndarray]]
+) -> tuple[Batch, list[np.ndarray]]:
+    while not pool.wait([future]):
+        pass
     return batch, np.split(*future.result())
 
 

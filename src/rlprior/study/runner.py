@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError, encode
-from rlprior.processes import open_pool, started_without_interrupts
-from rlprior.runs import Progress, Run, hardware, provenance, session_seconds, write_json
+from rlprior.processes import Pool, open_pool
+from rlprior.runs import Progress, Run, RunStopped, hardware, provenance, session_seconds, write_json
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import DISTRIBUTED_STAGES, STAGES, PlannedRun, describe_model
 from rlprior.tracking import Trackers
@@ -82,14 +82,15 @@ def execute_plan(
     pending.sort(key=lambda planned: -urgency[planned.directory])
     running: dict[Future[Path], PlannedRun] = {}
     failures: list[tuple[PlannedRun, BaseException]] = []
-    make = partial(execute, track=track)
+    make = partial(_execute_in_worker, track=track)
     try:
         with open_pool(num_workers, threads_per_worker) as pool:
             while pending or running:
                 _submit_ready(plan, pending, running, pool, num_workers, make)
                 if not running:
                     break  # what is left needs a run that failed
-                for planned, error in _collect_done(running):
+                for future in pool.wait(running):
+                    planned, error = running.pop(future), future.exception()
                     if error is None:
                         on_finish(planned)
                     else:
@@ -104,32 +105,27 @@ def execute_plan(
         raise _as_one_line(*failures[0], num_failed=len(failures), num_left=len(pending))
 
 
+def _execute_in_worker(planned: PlannedRun, track: Sequence[str]) -> Path:
+    """`execute`, but a process that SIGTERM has stopped ends: the pool would give it the next run, which no signal would stop."""
+    try:
+        return execute(planned, track=track)
+    except RunStopped:
+        os._exit(0)
+
+
 def _submit_ready(
     plan: Sequence[PlannedRun],
     pending: list[PlannedRun],
     running: dict[Future[Path], PlannedRun],
-    pool: ProcessPoolExecutor,
+    pool: Pool,
     num_workers: int,
     make: Callable[[PlannedRun], Path],
 ) -> None:
     finished = {planned.directory for planned in plan if planned.is_done}
     ready = [planned for planned in pending if finished.issuperset(planned.needs)]
     for planned in ready[: num_workers - len(running)]:
-        with started_without_interrupts():
-            running[pool.submit(make, planned)] = planned
+        running[pool.submit(make, planned)] = planned
         pending.remove(planned)
-
-
-def _collect_done(
-    running: dict[Future[Path], PlannedRun],
-) -> Iterator[tuple[PlannedRun, BaseException | None]]:
-    """Runs that ended within half a second, and their errors; BrokenProcessPool where a process was killed."""
-    done, _ = concurrent.futures.wait(running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
-    for future in done:
-        error = future.exception()
-        if isinstance(error, BrokenProcessPool):
-            raise error  # the pool takes no more work, and every other future ends the same way
-        yield running.pop(future), error
 
 
 def _as_one_line(planned: PlannedRun, error: BaseException, *, num_failed: int, num_left: int) -> Exception:

@@ -139,8 +139,12 @@ class CheckpointSaver:
         if pending.thread is not None:
             pending.thread.join()
         outcomes = self.world.gather((pending.hashes, pending.error))
-        self.world.on_main(lambda: _publish(pending, outcomes))
-        self.world.on_main(lambda: _prune(self.run_directory, pending.step, self.is_milestone))
+
+        def publish_and_prune() -> None:
+            _publish(pending, outcomes)
+            _prune(self.run_directory, pending.step, self.is_milestone)
+
+        self.world.on_main(publish_and_prune)
 
     def _write(
         self,

@@ -87,25 +87,18 @@ class LanguageModelLoss(nn.Module):
             hidden = packed_hidden_states(
                 self.model, batch.input_ids, batch.position_ids, attention_mask(batch.document_ids)
             )
-            if not with_metrics:
-                loss = linear_shaped_cross_entropy(
-                    hidden,
-                    head_weight(self.model),
-                    batch.targets,
-                    objective,
-                    reduction="sum",
-                    generator=generator,
-                )
-                return loss, {}
-            loss, metrics = linear_shaped_cross_entropy(
+            compute_loss = partial(
+                linear_shaped_cross_entropy,
                 hidden,
                 head_weight(self.model),
                 batch.targets,
                 objective,
                 reduction="sum",
                 generator=generator,
-                return_metrics=True,
             )
+            if not with_metrics:
+                return compute_loss(), {}
+            loss, metrics = compute_loss(return_metrics=True)
         sums = {
             "cross_entropy_nats": metrics.cross_entropy,
             "entropy_nats": metrics.entropy,

@@ -178,7 +178,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     run.resume_metrics(first_step - 1)
     rows_per_step = training.batch_tokens // training.sequence_length
     last = checkpoint.directory if checkpoint else run.directory
-    log = _Log(run, training, model_flops_per_token(model, training.sequence_length))
+    log = _Log(run, training, first_step, model_flops_per_token(model, training.sequence_length))
     with catch_termination() as is_asked_to_stop:
         for step in range(first_step, training.num_steps + 1):
             rate = learning_rate(training.schedule, step, training.num_steps)
@@ -196,18 +196,20 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
             spikes.add(measured["loss"])
             routed = _balance(balancer, updater)
             tokens = tokens_before + step * training.batch_tokens
-            log.write(
-                step,
-                {
-                    "tokens": tokens,
-                    "tokens_by_source": _tokens_by_source(mixture, step * rows_per_step),
-                    **measured,
-                    **routed,
-                    "learning_rate": rate,
-                    "num_skipped": updater.num_skipped,
-                    "num_spikes": spikes.num_spikes,
-                },
-            )
+            if log.is_due(step):
+                log.write(
+                    step,
+                    {
+                        "tokens": tokens,
+                        "tokens_by_source": _tokens_by_source(mixture, step * rows_per_step),
+                        **measured,
+                        **routed,
+                        **(_relative_load(balancer) if routed else {}),
+                        "learning_rate": rate,
+                        "num_skipped": updater.num_skipped,
+                        "num_spikes": spikes.num_spikes,
+                    },
+                )
             asked = world.sum({"stop": float(is_asked_to_stop()), "writing": float(saver.is_writing)})
             if not asked["writing"]:
                 saver.finish()
@@ -233,15 +235,17 @@ def _check_precision(checkpoint: Checkpoint, precision: str) -> None:
         )
 
 
-def _balance(balancer: ExpertBalancer, updater: Updater) -> dict[str, Any]:
+def _balance(balancer: ExpertBalancer, updater: Updater) -> dict[str, float]:
     """Move the biases after a step that counts; what there is to log of the routing, which is nothing for a dense model."""
     if updater.num_skipped_in_a_row:
         balancer.reset()
         return {}
-    measured: dict[str, Any] = dict(balancer.update())
-    if measured:
-        measured["relative_load"] = [[round(load, 3) for load in layer] for layer in balancer.relative_load]
-    return measured
+    return balancer.update()
+
+
+def _relative_load(balancer: ExpertBalancer) -> dict[str, list[list[float]]]:
+    """Load of every expert in the last step."""
+    return {"relative_load": [[round(load, 3) for load in layer] for layer in balancer.relative_load]}
 
 
 def _tokens_by_source(mixture: PackedMixture, num_rows: int) -> dict[str, int]:
@@ -253,24 +257,23 @@ def _tokens_by_source(mixture: PackedMixture, num_rows: int) -> dict[str, int]:
 class _Log:
     """Metrics of every `log_every`-th step and of the last, with the speed since the one before."""
 
-    def __init__(self, run: Run, training: TrainingConfig, flops_per_token: float | None) -> None:
+    def __init__(
+        self, run: Run, training: TrainingConfig, first_step: int, flops_per_token: float | None
+    ) -> None:
         self.run, self.training = run, training
         peak = peak_flops_per_second(run.world.device_name)
         self.peak_tokens_per_second = (
             run.world.size * peak / flops_per_token if peak and flops_per_token else None
         )
-        self.clock, self.num_steps = time.perf_counter(), 0
+        self.clock, self.last_step = time.perf_counter(), first_step - 1
 
     def is_due(self, step: int) -> bool:
         return step % self.training.log_every == 0 or step == self.training.num_steps
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        self.num_steps += 1
-        if not self.is_due(step):
-            return
         now = time.perf_counter()
-        steps_per_second = self.num_steps / (now - self.clock)
-        self.clock, self.num_steps = now, 0
+        steps_per_second = (step - self.last_step) / (now - self.clock)
+        self.clock, self.last_step = now, step
         speed = steps_per_second * self.training.batch_tokens
         timing = {"tokens_per_second": speed}
         if self.peak_tokens_per_second:
