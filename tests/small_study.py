@@ -250,3 +250,12 @@ def train_small_model(root: Path) -> Path:
 def last_checkpoint(run: Path) -> Path:
     """Where `train_small_model` leaves its last checkpoint."""
     return checkpoint_directory(run, _TABLES["pretrain"]["num_steps"])
+
+
+def torchrun(num_processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in several processes; warnings are errors."""
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_processes), "-m", "rlprior", *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )

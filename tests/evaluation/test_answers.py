@@ -176,22 +176,22 @@ def test_samples_of_one_problem_differ_and_seeds_matter(
     assert len({tuple(texts) for texts in pools[0]}) == len(problems)
 
 
-def test_each_batch_has_a_random_stream_of_its_own(
+def test_each_problem_has_a_random_stream_of_its_own(
     policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same stream again would tie the luck of one problem to that of another."""
     seeds: list[int] = []
     original = answers_module.sample
 
-    def record(*args: Any, generator: torch.Generator, **options: Any) -> Any:
-        seeds.append(generator.initial_seed())
-        return original(*args, generator=generator, **options)
+    def record(*args: Any, generators: list[torch.Generator], **options: Any) -> Any:
+        seeds.extend(generator.initial_seed() for generator in generators)
+        return original(*args, generators=generators, **options)
 
     monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(answers_module, "sample", record)
     for name in ("sums", "other"):
         answer(policy, problems, tmp_path / f"{name}.jsonl", name=name)
-    assert len(seeds) == len(set(seeds)) == 6
+    assert len(seeds) == len(set(seeds)) == 2 * len(problems)
 
 
 def test_frequent_answers_by_hand() -> None:

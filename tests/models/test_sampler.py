@@ -32,7 +32,7 @@ def draw_samples(
     settings: dict[str, Any] = {
         "samples_per_prompt": 4,
         "eos_token_id": NEVER,
-        "generator": torch_generator(0, "samples"),
+        "generators": [torch_generator(0, "samples", number) for number in range(len(prompts))],
         **changes,
     }
     with evaluation_mode(model):
@@ -309,13 +309,28 @@ def test_progress_counts_the_tokens(model: Any) -> None:
 
 def test_the_seed_decides_everything(model: Any) -> None:
     def tokens(seed: int) -> list[list[int]]:
-        groups = draw_samples(model, max_new_tokens=6, generator=torch_generator(seed))
+        generators = [torch_generator(seed, number) for number in range(len(PROMPTS))]
+        groups = draw_samples(model, max_new_tokens=6, generators=generators)
         return [r.token_ids for r in flat(groups)]
 
     before = torch.get_rng_state()
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_prompt_draws_does_not_depend_on_the_others(model: Any) -> None:
+    """So that ranks and batches can share prompts out as they like. Past the first block of uniform numbers too."""
+    together = draw_samples(model, max_new_tokens=70)
+    for number in (0, 3):
+        generators = [torch_generator(0, "samples", number)]
+        [alone] = draw_samples(model, [PROMPTS[number]], max_new_tokens=70, generators=generators)
+        assert [r.token_ids for r in alone] == [r.token_ids for r in together[number]]
+
+
+def test_there_is_a_generator_for_each_prompt(model: Any) -> None:
+    with pytest.raises(ValueError, match="1 generators for 5 prompts"):
+        draw_samples(model, generators=[torch_generator(0)])
 
 
 def test_an_empty_prompt_is_refused(model: Any) -> None:

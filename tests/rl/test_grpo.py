@@ -11,8 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlprior.rl.config import LengthPhase, RLConfig
-from rlprior.rl.grpo import clipped_policy_loss, group_advantages, has_signal
+from rlprior.rl.config import LengthPhase, RLConfig, RolloutConfig
+from rlprior.rl.grpo import (
+    aggregation_weights,
+    clipped_policy_loss,
+    group_advantages,
+    has_signal,
+    truncated_importance,
+)
 from rlprior.seeding import torch_generator
 from rlprior.tasks.config import TaskConfig
 
@@ -90,22 +96,23 @@ def random_batch(num_tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize(("clip_low", "clip_high"), [(0.2, 0.28), (0.2, 0.2), (0.1, 3.0), (1.0, 0.01)])
 def test_the_loss_and_its_gradient_token_by_token(clip_low: float, clip_high: float) -> None:
     new, old, advantages = random_batch()
+    weights = torch.rand(200, generator=torch_generator(1, "weights"), dtype=torch.float64)
     new.requires_grad_()
-    result = clipped_policy_loss(new, old, advantages, clip_low=clip_low, clip_high=clip_high)
-    result.loss_sum.backward()
+    result = clipped_policy_loss(new, old, advantages, weights, clip_low=clip_low, clip_high=clip_high)
+    result.loss.backward()
     loss, clipped, farthest, gradient = 0.0, 0, 0.0, []
-    for log_prob, old_log_prob, advantage in zip(
-        new.tolist(), old.tolist(), advantages.tolist(), strict=True
+    for log_prob, old_log_prob, advantage, weight in zip(
+        new.tolist(), old.tolist(), advantages.tolist(), weights.tolist(), strict=True
     ):
         ratio = math.exp(log_prob - old_log_prob)
         limited = min(max(ratio, 1 - clip_low), 1 + clip_high)
-        loss -= min(ratio * advantage, limited * advantage)
+        loss -= weight * min(ratio * advantage, limited * advantage)
         is_clipped = limited * advantage < ratio * advantage
         clipped += is_clipped
         farthest = max(farthest, abs(ratio - 1))
         # d/d log p of -ratio * A is the same again; a clipped token has no gradient
-        gradient.append(0.0 if is_clipped else -ratio * advantage)
-    torch.testing.assert_close(result.loss_sum.item(), loss)
+        gradient.append(0.0 if is_clipped else -weight * ratio * advantage)
+    torch.testing.assert_close(result.loss.item(), loss)
     torch.testing.assert_close(new.grad, torch.tensor(gradient, dtype=torch.float64))
     assert result.num_clipped == clipped
     assert result.max_ratio_deviation == pytest.approx(farthest)
@@ -125,7 +132,9 @@ def test_the_gradient_is_autograds_of_the_textbook_formula_through_a_softmax() -
         new = leaf.log_softmax(-1)[torch.arange(30), tokens]
         before = old[torch.arange(30), tokens]
         if is_ours:
-            loss = clipped_policy_loss(new, before, advantages, clip_low=0.2, clip_high=0.28).loss_sum
+            loss = clipped_policy_loss(
+                new, before, advantages, torch.ones(30), clip_low=0.2, clip_high=0.28
+            ).loss
         else:
             ratio = new.exp() / before.exp()
             unclipped, limited = ratio * advantages, torch.clamp(ratio, 0.8, 1.28) * advantages
@@ -154,12 +163,17 @@ def test_clip_higher_is_not_symmetric(ratio: float, advantage: float, is_clipped
     new = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(1, dtype=torch.float64)
     result = clipped_policy_loss(
-        new, old, torch.tensor([advantage], dtype=torch.float64), clip_low=0.2, clip_high=0.28
+        new,
+        old,
+        torch.tensor([advantage], dtype=torch.float64),
+        torch.ones(1),
+        clip_low=0.2,
+        clip_high=0.28,
     )
-    result.loss_sum.backward()
+    result.loss.backward()
     assert result.num_clipped == int(is_clipped)
     bound = min(max(ratio, 0.8), 1.28) if is_clipped else ratio
-    assert result.loss_sum.item() == pytest.approx(-bound * advantage)
+    assert result.loss.item() == pytest.approx(-bound * advantage)
     assert new.grad is not None
     assert new.grad.item() == pytest.approx(0.0 if is_clipped else -ratio * advantage)
 
@@ -167,31 +181,58 @@ def test_clip_higher_is_not_symmetric(ratio: float, advantage: float, is_clipped
 def test_at_ratio_one_it_is_the_policy_gradient() -> None:
     new, _, advantages = random_batch()
     new.requires_grad_()
-    result = clipped_policy_loss(new, new, advantages, clip_low=0.2, clip_high=0.28)
-    result.loss_sum.backward()
+    result = clipped_policy_loss(new, new, advantages, torch.ones(200), clip_low=0.2, clip_high=0.28)
+    result.loss.backward()
     # the old log-probabilities are constants: without their detaching the gradient would be 0
     torch.testing.assert_close(new.grad, -advantages)
-    torch.testing.assert_close(result.loss_sum.detach(), -advantages.sum())
+    torch.testing.assert_close(result.loss.detach(), -advantages.sum())
     assert (result.num_clipped, result.max_ratio_deviation) == (0, 0.0)
 
 
 def test_micro_batches_add_up() -> None:
     new, old, advantages = random_batch()
-    whole = clipped_policy_loss(new, old, advantages, clip_low=0.2, clip_high=0.28)
+    whole = clipped_policy_loss(new, old, advantages, torch.ones(200), clip_low=0.2, clip_high=0.28)
     parts = [
-        clipped_policy_loss(new[part], old[part], advantages[part], clip_low=0.2, clip_high=0.28)
+        clipped_policy_loss(
+            new[part], old[part], advantages[part], torch.ones(200)[part], clip_low=0.2, clip_high=0.28
+        )
         for part in (slice(0, 70), slice(70, 71), slice(71, 200))
     ]
-    torch.testing.assert_close(sum(part.loss_sum for part in parts), whole.loss_sum)
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
     assert sum(part.num_clipped for part in parts) == whole.num_clipped
     assert max(part.max_ratio_deviation for part in parts) == whole.max_ratio_deviation
 
 
 def test_no_tokens_are_no_loss() -> None:
     nothing = torch.empty(0, requires_grad=True)
-    result = clipped_policy_loss(nothing, nothing, nothing, clip_low=0.2, clip_high=0.28)
-    result.loss_sum.backward()
-    assert (result.loss_sum.item(), result.num_clipped, result.max_ratio_deviation) == (0.0, 0, 0.0)
+    result = clipped_policy_loss(nothing, nothing, nothing, nothing, clip_low=0.2, clip_high=0.28)
+    result.loss.backward()
+    assert (result.loss.item(), result.num_clipped, result.max_ratio_deviation) == (0.0, 0, 0.0)
+
+
+# what tokens count
+
+
+def test_weights_of_each_aggregation_by_hand() -> None:
+    counted = torch.tensor([2, 0, 6])
+    assert aggregation_weights(counted, "dapo", 10).tolist() == [1 / 8] * 3
+    # the masked response has no token, and is one of the three all the same
+    assert aggregation_weights(counted, "grpo", 10).tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 18])
+    assert aggregation_weights(counted, "dr_grpo", 10).tolist() == pytest.approx([1 / 30] * 3)
+    assert aggregation_weights(torch.tensor([0, 0]), "dapo", 10).isfinite().all()
+
+
+def test_advantages_without_the_division() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4])
+    assert torch.equal(group_advantages(rewards, "none"), expected)
+
+
+def test_importance_weights_are_capped_above_alone() -> None:
+    trainer = torch.tensor([-1.0, -1.0, -9.0], requires_grad=True)
+    weights = truncated_importance(trainer, torch.tensor([-1.0, -9.0, -1.0]), 2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, math.exp(-8)]))
+    assert not weights.requires_grad
 
 
 # settings
@@ -222,6 +263,10 @@ TASK = TaskConfig(kind="synthetic")
         ({"clip_low": 0.0}, r"clip_low must lie in \(0, 1\]"),
         ({"clip_low": 1.1}, r"clip_low must lie in \(0, 1\]"),
         ({"clip_high": 0.0}, "clip_high above 0"),
+        ({"entropy_bonus": -0.1}, "entropy_bonus must be 0 or more and finite, not -0.1"),
+        ({"importance_cap": 0.0}, "importance_cap must be above 0, not 0.0"),
+        ({"importance_cap": 2.0, "old_log_probs": "sampler"}, "with 'sampler' the ratio corrects already"),
+        ({"rollout": RolloutConfig(engine="vllm")}, "write importance_cap = 2.0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0, not nan"),
         ({"length_schedule": ()}, "length_schedule needs"),

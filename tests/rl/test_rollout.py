@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from rlprior.models.sampler import Response
-from rlprior.rl import rollout as rollout_module
 from rlprior.rl.config import LengthPhase, RLConfig
 from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
 from rlprior.tasks.config import TaskConfig
@@ -45,28 +43,26 @@ class Characters:
         return ["".join(chr(token) for token in row if token > 1) for row in rows]
 
 
-class ScriptedSampler:
+class ScriptedEngine:
     """Answers each prompt of call n right in as many samples as `script[n]` says, and remembers what it was asked."""
 
     def __init__(self, script: Sequence[Sequence[int]]) -> None:
         self.script = script
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(
-        self,
-        model: torch.nn.Module,
-        prompts: Sequence[Sequence[int]],
-        *,
-        samples_per_prompt: int,
-        **rest: Any,
+    def load(self, model: Any) -> None: ...
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, **rest: Any
     ) -> list[list[Response]]:
-        assert not model.training
         counts = self.script[len(self.calls)]
         asked = [
             int("".join(chr(token) for token in prompt[1:] if chr(token).isdigit())) for prompt in prompts
         ]
         assert all(prompt[0] == Characters.bos_token_id for prompt in prompts)
-        self.calls.append({"asked": asked, "seed": rest["generator"].initial_seed(), **rest})
+        seeds = [generator.initial_seed() for generator in rest["generators"]]
+        assert len(seeds) == len(set(seeds)) == len(prompts)
+        self.calls.append({"asked": asked, "seeds": seeds, **rest})
         return [
             [respond(f" #### {number if i < correct else 'no'}") for i in range(samples_per_prompt)]
             for number, correct in zip(asked, counts, strict=True)
@@ -79,21 +75,12 @@ def respond(text: str, *, finished: bool = True) -> Response:
 
 
 def roll_out(
-    monkeypatch: pytest.MonkeyPatch,
-    script: Sequence[Sequence[int]],
-    *,
-    step: int = 1,
-    seed: int = 0,
-    **changes: Any,
-) -> tuple[Rollout, ScriptedSampler]:
-    sampler = ScriptedSampler(script)
-    monkeypatch.setattr(rollout_module, "sample", sampler)
-    model = torch.nn.Linear(1, 1).train()
+    script: Sequence[Sequence[int]], *, step: int = 1, seed: int = 0, **changes: Any
+) -> tuple[Rollout, ScriptedEngine]:
+    engine: Any = ScriptedEngine(script)
     prompts = PromptStream(PROBLEMS, Characters(), seed)
     config = dataclasses.replace(CONFIG, **changes)
-    rollout = collect_rollout(model, Characters(), prompts, config, step=step, cursor=START, seed=seed)
-    assert model.training
-    return rollout, sampler
+    return collect_rollout(engine, Characters(), prompts, config, step=step, cursor=START, seed=seed), engine
 
 
 def num_correct(groups: Sequence[Any]) -> list[int]:
@@ -104,69 +91,65 @@ def expected_order(start: int, count: int) -> list[int]:
     return PromptStream(PROBLEMS, Characters(), 0).take(start, count)
 
 
-def test_refill_replaces_groups_of_equal_rewards_until_the_step_is_full(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4], [3, 0], [2]])
+def test_refill_replaces_groups_of_equal_rewards_until_the_step_is_full() -> None:
+    rollout, engine = roll_out([[0, 1, 4], [3, 0], [2]])
     assert num_correct(rollout.kept) == [1, 3, 2]
     assert num_correct(rollout.drawn) == [0, 1, 4, 3, 0, 2]
     assert rollout.num_refills == 2
     assert rollout.cursor == START + 6
-    assert list(itertools.chain(*(call["asked"] for call in sampler.calls))) == expected_order(START, 6)
+    assert list(itertools.chain(*(call["asked"] for call in engine.calls))) == expected_order(START, 6)
 
 
-def test_no_refill_where_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, _ = roll_out(monkeypatch, [[1, 2, 3]])
+def test_no_refill_where_none_is_needed() -> None:
+    rollout, _ = roll_out([[1, 2, 3]])
     assert (num_correct(rollout.kept), rollout.num_refills, rollout.cursor) == ([1, 2, 3], 0, START + 3)
 
 
 @pytest.mark.parametrize("max_refills", [0, 1, 2])
-def test_refills_are_capped_and_the_step_makes_do_with_fewer(
-    monkeypatch: pytest.MonkeyPatch, max_refills: int
-) -> None:
+def test_refills_are_capped_and_the_step_makes_do_with_fewer(max_refills: int) -> None:
     script = [[0, 1, 4], [0, 0], [0, 4], [1, 1]]
-    rollout, sampler = roll_out(monkeypatch, script, max_refills=max_refills)
+    rollout, engine = roll_out(script, max_refills=max_refills)
     assert num_correct(rollout.kept) == [1]
     assert rollout.num_refills == max_refills
-    assert len(sampler.calls) == 1 + max_refills
+    assert len(engine.calls) == 1 + max_refills
     assert rollout.cursor == START + 3 + 2 * max_refills
 
 
-def test_nothing_is_kept_where_no_group_has_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, _ = roll_out(monkeypatch, [[0, 4, 0], [0, 0, 4]], max_refills=1)
+def test_nothing_is_kept_where_no_group_has_a_signal() -> None:
+    rollout, _ = roll_out([[0, 4, 0], [0, 0, 4]], max_refills=1)
     assert rollout.kept == []
     assert rollout.cursor == START + 6
     assert "reward_mean_kept" not in rollout_metrics(rollout)
 
 
-def test_drop_trains_on_fewer_without_drawing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4]], dynamic_sampling="drop")
+def test_drop_trains_on_fewer_without_drawing_again() -> None:
+    rollout, engine = roll_out([[0, 1, 4]], dynamic_sampling="drop")
     assert (num_correct(rollout.kept), num_correct(rollout.drawn)) == ([1], [0, 1, 4])
-    assert (rollout.num_refills, rollout.cursor, len(sampler.calls)) == (0, START + 3, 1)
+    assert (rollout.num_refills, rollout.cursor, len(engine.calls)) == (0, START + 3, 1)
 
 
-def test_off_keeps_groups_of_equal_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, sampler = roll_out(monkeypatch, [[0, 1, 4]], dynamic_sampling="off")
+def test_off_keeps_groups_of_equal_rewards() -> None:
+    rollout, engine = roll_out([[0, 1, 4]], dynamic_sampling="off")
     assert num_correct(rollout.kept) == [0, 1, 4]
-    assert (rollout.num_refills, rollout.cursor, len(sampler.calls)) == (0, START + 3, 1)
+    assert (rollout.num_refills, rollout.cursor, len(engine.calls)) == (0, START + 3, 1)
 
 
-def test_each_draw_has_a_random_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_draw_has_a_random_stream_of_its_own() -> None:
     seeds = set()
     for step, seed in ((1, 0), (2, 0), (1, 1)):
-        _, sampler = roll_out(monkeypatch, [[0, 0, 0], [0, 0, 0]], step=step, seed=seed, max_refills=1)
-        seeds |= {call["seed"] for call in sampler.calls}
-    assert len(seeds) == 6
-    _, again = roll_out(monkeypatch, [[0, 0, 0], [0, 0, 0]], max_refills=1)
-    assert {call["seed"] for call in again.calls} < seeds
+        _, engine = roll_out([[0, 0, 0], [0, 0, 0]], step=step, seed=seed, max_refills=1)
+        seeds |= {seed for call in engine.calls for seed in call["seeds"]}
+    assert len(seeds) == 18
+    _, again = roll_out([[0, 0, 0], [0, 0, 0]], max_refills=1)
+    assert {seed for call in again.calls for seed in call["seeds"]} < seeds
 
 
 @pytest.mark.parametrize(("step", "longest"), [(1, 9), (2, 9), (3, 11), (100, 11)])
-def test_the_length_schedule_applies(monkeypatch: pytest.MonkeyPatch, step: int, longest: int) -> None:
-    _, sampler = roll_out(monkeypatch, [[1, 1, 1]], step=step, temperature=0.6)
-    decoding = sampler.calls[0]["decoding"]
+def test_the_length_schedule_applies(step: int, longest: int) -> None:
+    _, engine = roll_out([[1, 1, 1]], step=step, temperature=0.6)
+    decoding = engine.calls[0]["decoding"]
     assert (decoding.max_new_tokens, decoding.temperature, decoding.top_p) == (longest, 0.6, 1.0)
-    assert sampler.calls[0]["eos_token_id"] == Characters.eos_token_id
+    assert engine.calls[0]["eos_token_id"] == Characters.eos_token_id
 
 
 def test_prompts_are_a_function_of_the_cursor_and_shuffled_anew_each_epoch() -> None:
@@ -180,16 +163,17 @@ def test_prompts_are_a_function_of_the_cursor_and_shuffled_anew_each_epoch() -> 
     assert PromptStream(PROBLEMS, Characters(), seed=1).take(0, 3 * NUM_PROBLEMS) != whole
 
 
-def test_metrics_of_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_a_rollout() -> None:
     """By hand: two groups of four, one of them all wrong, with a truncated and an unparsable response."""
     responses = [
         [respond(" #### 3"), respond("?"), respond(" #### 9"), respond(" ##", finished=False)],
         [respond(" #### 8")] * 4,
     ]
-    monkeypatch.setattr(rollout_module, "sample", lambda *_, **__: responses)
+    engine: Any = ScriptedEngine([])
+    engine.sample = lambda *_, **__: responses
     config = dataclasses.replace(CONFIG, prompts_per_step=2, dynamic_sampling="drop")
     stream = PromptStream([PROBLEMS[3]], Characters(), 0)
-    rollout = collect_rollout(torch.nn.Linear(1, 1), Characters(), stream, config, step=1, cursor=0, seed=0)
+    rollout = collect_rollout(engine, Characters(), stream, config, step=1, cursor=0, seed=0)
     statuses = [verdict.status for verdict in rollout.drawn[0].verdicts]
     assert statuses == [Status.CORRECT, Status.UNPARSABLE, Status.WRONG, Status.TRUNCATED]
     lengths = [8, 2, 8, 3, 8, 8, 8, 8]
@@ -201,7 +185,10 @@ def test_metrics_of_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
         "num_groups_drawn": 2,
         "num_refills": 0,
         "response_tokens_mean": sum(lengths) / 8,
+        "response_tokens_p10": 2.7,  # 0.7 of the way from the shortest to the next
+        "response_tokens_p50": 8,
         "response_tokens_p90": 8,
+        "response_tokens_max": 8,
         "truncated_share": 1 / 8,
         "unparsable_share": 1 / 8,
     }

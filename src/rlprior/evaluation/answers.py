@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlprior.config import fingerprint
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.causal_lm import evaluation_mode
@@ -61,8 +63,8 @@ def answer_problems(
     for start in range(0, len(problems), problems_per_batch):
         batch = problems[start : start + problems_per_batch]
         if store.missing([problem.id for problem in batch], samples_per_problem):
-            generator = torch_generator(seed, "answers", name, start, samples_per_problem)
-            store.append(_draw(model, tokenizer, batch, samples_per_problem, decoding, generator))
+            generators = [torch_generator(seed, "answers", name, problem.id) for problem in batch]
+            store.append(_draw(model, tokenizer, batch, samples_per_problem, decoding, generators))
         progress(len(batch) * samples_per_problem)
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = path.with_suffix(".grades.jsonl")
@@ -77,7 +79,12 @@ def answer_problems(
 
 
 def _draw(
-    model: Any, tokenizer: Any, problems: Sequence[Problem], m: int, decoding: Decoding, generator: Any
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    m: int,
+    decoding: Decoding,
+    generators: Sequence[torch.Generator],
 ) -> list[Sample]:
     prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
     with evaluation_mode(model):
@@ -87,7 +94,7 @@ def _draw(
             samples_per_prompt=m,
             decoding=decoding,
             eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
+            generators=generators,
         )
     return [
         Sample(

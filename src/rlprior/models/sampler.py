@@ -1,7 +1,7 @@
 """Batched sampling with a key-value cache: prompts prefilled once a group, finished rows dropped as it goes.
 
-Each row has its own uniform number at each step, whichever rows have ended: what row i draws depends on its prompt, its place and the
-number of rows, not on what the others hold.
+The uniform numbers of a prompt's samples come from a generator of its own: what they draw does not depend on the other prompts of the
+batch, rounding apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from rlprior.config import RunError
 
-# R rows (samples), P prompts, T positions, V vocabulary
+# R rows (samples), P prompts, T positions, V vocabulary, B steps of a block
+
+UNIFORM_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def sample(
     samples_per_prompt: int,
     decoding: Decoding,
     eos_token_id: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Response]]:
     """Draw `samples_per_prompt` continuations of each prompt.
@@ -72,18 +74,20 @@ def sample(
         samples_per_prompt: group size.
         decoding: temperature, nucleus, length.
         eos_token_id: ends a response.
-        generator: source of the uniform numbers, one a row and step, drawn up front for all rows of a step.
+        generators: one a prompt: source of the uniform numbers of its samples, one a sample and step.
         progress: called with the number of tokens drawn in each step.
 
     Returns:
         responses[prompt][sample].
 
     Raises:
-        ValueError: a prompt is empty.
+        ValueError: a prompt is empty, or there are not as many generators as prompts.
         RunError: the model's logits are not numbers.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty; give it at least one token")
+    if len(generators) != len(prompts):
+        raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts")
     device = head_device(model)
     num_rows = len(prompts) * samples_per_prompt
     ids_PT, mask_PT = _pad_left(prompts, device)
@@ -102,9 +106,12 @@ def sample(
     rows = torch.arange(num_rows)
     drawn = torch.full((num_rows, decoding.max_new_tokens), -1, dtype=torch.long)
     log_probs = torch.zeros(num_rows, decoding.max_new_tokens)
+    uniform_RB = torch.empty(0)
     for step in range(decoding.max_new_tokens):
-        uniform_R = torch.rand(num_rows, generator=generator, dtype=torch.float64)
-        token_R, log_prob_R = draw(logits_RV, uniform_R[rows].to(device), decoding)
+        if step % UNIFORM_BLOCK == 0:
+            uniform_RB = _uniform_block(generators, samples_per_prompt)
+        uniform_R = uniform_RB[rows, step % UNIFORM_BLOCK]
+        token_R, log_prob_R = draw(logits_RV, uniform_R.to(device), decoding)
         drawn[rows, step], log_probs[rows, step] = token_R.cpu(), log_prob_R.cpu()
         if progress:
             progress(len(rows))
@@ -130,6 +137,12 @@ def sample(
         )
     responses = [_response(drawn[row], log_probs[row], eos_token_id) for row in range(num_rows)]
     return [responses[i : i + samples_per_prompt] for i in range(0, num_rows, samples_per_prompt)]
+
+
+def _uniform_block(generators: Sequence[torch.Generator], samples_per_prompt: int) -> Tensor:
+    """Uniform numbers of the next `UNIFORM_BLOCK` steps of every row [R, B], float64."""
+    shape = (samples_per_prompt, UNIFORM_BLOCK)
+    return torch.cat([torch.rand(shape, generator=one, dtype=torch.float64) for one in generators])
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.models.causal_lm import evaluation_mode
-from rlprior.models.sampler import Decoding, Response, sample
+from rlprior.models.sampler import Decoding, Response
 from rlprior.rl.config import RLConfig
+from rlprior.rl.engines import RolloutEngine
 from rlprior.rl.grpo import has_signal
 from rlprior.seeding import numpy_generator, torch_generator
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.tasks.verify import verify
+from rlprior.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class PromptStream:
         self.prompt_ids = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
         self.seed = seed
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompt_ids))
+
     def take(self, cursor: int, count: int) -> list[int]:
         """Indices of the problems at cursors `cursor` to `cursor + count - 1`."""
         size = len(self.problems)
@@ -62,9 +68,20 @@ class PromptStream:
 
 
 def collect_rollout(
-    model: Any, tokenizer: Any, prompts: PromptStream, config: RLConfig, *, step: int, cursor: int, seed: int
+    engine: RolloutEngine,
+    tokenizer: Any,
+    prompts: PromptStream,
+    config: RLConfig,
+    *,
+    step: int,
+    cursor: int,
+    seed: int,
+    world: World = ALONE,
 ) -> Rollout:
-    """Sample groups for one update; with 'refill', until `prompts_per_step` of them carry a gradient or the cap is reached."""
+    """Sample groups for one update; with 'refill', until `prompts_per_step` of them carry a gradient or the cap is reached.
+
+    Every process of the world draws its share of the groups, and all return all of them.
+    """
     drawn: list[Group] = []
     kept: list[Group] = []
     refill = 0
@@ -72,8 +89,14 @@ def collect_rollout(
         missing = config.prompts_per_step - len(kept)
         indices = prompts.take(cursor, missing)
         cursor += missing
-        generator = torch_generator(seed, "rollout", step, refill)
-        groups = sample_groups(model, tokenizer, prompts, indices, config, step=step, generator=generator)
+        generators = [torch_generator(seed, "rollout", step, refill, place) for place in range(missing)]
+        own = slice(world.rank, None, world.size)
+        shares = world.gather(
+            sample_groups(
+                engine, tokenizer, prompts, indices[own], config, step=step, generators=generators[own]
+            )
+        )
+        groups = [shares[place % world.size][place // world.size] for place in range(missing)]
         drawn += groups
         if config.dynamic_sampling == "off":
             kept += groups
@@ -90,26 +113,23 @@ def collect_rollout(
 
 
 def sample_groups(
-    model: Any,
+    engine: RolloutEngine,
     tokenizer: Any,
     prompts: PromptStream,
     indices: Sequence[int],
     config: RLConfig,
     *,
     step: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> list[Group]:
     """Draw and grade `samples_per_prompt` responses of each problem."""
-    decoding = Decoding(temperature=config.temperature, max_new_tokens=config.max_new_tokens(step))
-    with evaluation_mode(model):
-        batches = sample(
-            model,
-            [prompts.prompt_ids[index] for index in indices],
-            samples_per_prompt=config.samples_per_prompt,
-            decoding=decoding,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-        )
+    batches = engine.sample(
+        [prompts.prompt_ids[index] for index in indices],
+        samples_per_prompt=config.samples_per_prompt,
+        decoding=Decoding(temperature=config.temperature, max_new_tokens=config.max_new_tokens(step)),
+        eos_token_id=tokenizer.eos_token_id,
+        generators=generators,
+    )
     groups: list[Group] = []
     for index, responses in zip(indices, batches, strict=True):
         texts = tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
@@ -140,7 +160,11 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "num_groups_drawn": len(rollout.drawn),
         "num_refills": rollout.num_refills,
         "response_tokens_mean": float(lengths.mean()),
-        "response_tokens_p90": float(np.quantile(lengths, 0.9)),
+        **{
+            f"response_tokens_p{percent}": float(np.quantile(lengths, percent / 100))
+            for percent in (10, 50, 90)
+        },
+        "response_tokens_max": float(lengths.max()),
         "truncated_share": float(np.mean([response.finish_reason == "length" for response in responses])),
         "unparsable_share": float(np.mean([verdict.status is Status.UNPARSABLE for verdict in verdicts])),
     }

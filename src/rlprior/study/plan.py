@@ -29,7 +29,7 @@ STAGES: dict[str, Any] = {
 }
 """Stage -> module with `run(config, run)` and `CODE`, the modules that compute it."""
 
-DISTRIBUTED_STAGES = {"pretrain", "midtrain"}
+DISTRIBUTED_STAGES = {"pretrain", "midtrain", "rl"}
 """Stages that share their work among the processes of a world; the others are made by the first process alone."""
 
 

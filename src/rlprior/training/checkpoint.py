@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlprior.config import RunError, fingerprint
+from rlprior.config import RunError, UsageError, fingerprint
 from rlprior.models.causal_lm import save_model
 from rlprior.runs import disk_errors, file_hash, sync_directory
 from rlprior.world import ALONE, World
@@ -343,6 +343,22 @@ def last_good_checkpoint(run_directory: Path) -> Checkpoint | None:
         if optimizer and all((directory / name).exists() for name in optimizer):
             return Checkpoint(directory, manifest["step"], manifest["state"])
     return None
+
+
+def find_checkpoint(run_directory: Path) -> Checkpoint | None:
+    """The newest good checkpoint, after what a killed process left is removed."""
+    remove_leftovers(run_directory)
+    return last_good_checkpoint(run_directory)
+
+
+def check_precision(checkpoint: Checkpoint, precision: str) -> None:
+    """UsageError where a run that left the choice to the device has come to one with another."""
+    before = checkpoint.state["precision"]
+    if before != precision:
+        raise UsageError(
+            f"{checkpoint.directory}: computed in {before}, and 'auto' is {precision} on this device; go on on a device like the "
+            f"first, or start anew with precision = '{before}'"
+        )
 
 
 def tokens_seen(directory: Path) -> int:

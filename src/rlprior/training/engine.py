@@ -8,9 +8,10 @@ loss_sum, sums = module(batch, objective)                  # the loss is inside:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from rlprior.objectives import Objective, linear_shaped_cross_entropy
 from rlprior.world import World
 
 Precision = Literal["auto", "float32", "bfloat16"]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +81,7 @@ class LanguageModelLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed objective and, where asked for, summed metrics over the targets that are not ignored."""
-        device = batch.input_ids.device
-        autocast = contextlib.nullcontext()
-        if self.autocast_dtype is not None:
-            autocast = torch.autocast(device.type, self.autocast_dtype)
-        with autocast:
+        with autocast(batch.input_ids.device, self.autocast_dtype):
             hidden = packed_hidden_states(
                 self.model, batch.input_ids, batch.position_ids, attention_mask(batch.document_ids)
             )
@@ -108,6 +106,11 @@ class LanguageModelLoss(nn.Module):
         return loss, {name: torch.nansum(value.double()) for name, value in sums.items()}
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `dtype`; None leaves them as they are."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def resolve_precision(precision: Precision, world: World) -> Literal["float32", "bfloat16"]:
     """What 'auto' is on the world's devices: bfloat16 on GPUs, float32 on CPUs."""
     if precision != "auto":
@@ -115,7 +118,25 @@ def resolve_precision(precision: Precision, world: World) -> Literal["float32", 
     return "bfloat16" if world.device_type == "cuda" else "float32"
 
 
-def prepare_model(model: Any, config: EngineConfig, precision: Precision, world: World) -> LanguageModelLoss:
+@overload
+def prepare_model(
+    model: Any, config: EngineConfig, precision: Precision, world: World
+) -> LanguageModelLoss: ...
+
+
+@overload
+def prepare_model(
+    model: Any, config: EngineConfig, precision: Precision, world: World, wrap: Callable[..., ModuleT]
+) -> ModuleT: ...
+
+
+def prepare_model(
+    model: Any,
+    config: EngineConfig,
+    precision: Precision,
+    world: World,
+    wrap: Callable[..., nn.Module] = LanguageModelLoss,
+) -> nn.Module:
     """The model with its loss, on its device, sharded over the processes of the world.
 
     Args:
@@ -123,6 +144,7 @@ def prepare_model(model: Any, config: EngineConfig, precision: Precision, world:
         config: what to do with it.
         precision: dtype of the matrix products; under sharding that of the activations between the layers too.
         world: the processes; each calls this.
+        wrap: (model, autocast_dtype=None) -> module that has the model as `model`, and uses the head's weight in its forward.
 
     Raises:
         UsageError: settings that do not fit the world, or a model without a list of layers where one is needed.
@@ -139,14 +161,14 @@ def prepare_model(model: Any, config: EngineConfig, precision: Precision, world:
         for layer in _layers(model):
             layer.forward = partial(checkpoint, layer.forward, **options)
     if world.size > 1:
-        module = LanguageModelLoss(model)
+        module = wrap(model)
         _shard(module, config, world, dtype)
         return module
     if config.shard_size not in (None, 1) or config.cpu_offload:
         raise UsageError(
             "engine.shard_size and engine.cpu_offload need several processes; start them with torchrun"
         )
-    return LanguageModelLoss(model.to(world.device), None if dtype == torch.float32 else dtype)
+    return wrap(model.to(world.device), None if dtype == torch.float32 else dtype)
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -158,7 +180,7 @@ def _layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def _shard(module: LanguageModelLoss, config: EngineConfig, world: World, dtype: torch.dtype) -> None:
+def _shard(module: Any, config: EngineConfig, world: World, dtype: torch.dtype) -> None:
     """FSDP2, one unit a layer, and one for the embeddings, the last norm and the head."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard

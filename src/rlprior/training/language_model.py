@@ -23,10 +23,9 @@ from rlprior.objectives import CrossEntropy, Objective, SampledReward
 from rlprior.runs import Run, RunStopped, catch_termination
 from rlprior.seeding import stream_seed, torch_generator
 from rlprior.training.checkpoint import (
-    Checkpoint,
     CheckpointSaver,
-    last_good_checkpoint,
-    remove_leftovers,
+    check_precision,
+    find_checkpoint,
     restore_optimizer,
     tokens_seen,
 )
@@ -151,7 +150,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
         corpus, training.mixture, training.sequence_length, stream_seed(config.seed, stream, "data")
     )
     rows = rows_of_rank(training, world)
-    checkpoint = world.on_main(lambda: _find_checkpoint(run.directory))
+    checkpoint = world.on_main(lambda: find_checkpoint(run.directory))
     model = _start_model(config, corpus, checkpoint.directory if checkpoint else None)
     precision = resolve_precision(training.precision, world)
     module = prepare_model(model, training.engine, precision, world)
@@ -170,7 +169,7 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     first_step = 1
     tokens_before = tokens_seen(Path(config.init_from)) if config.init_from else 0
     if checkpoint:
-        _check_precision(checkpoint, precision)
+        check_precision(checkpoint, precision)
         restore_optimizer(checkpoint.directory, model, updater.optimizer)
         updater.restore_counters(checkpoint.state)
         spikes.restore(checkpoint.state)
@@ -225,16 +224,6 @@ def run(config: LanguageModelConfig, run: Run) -> Path:
     return last
 
 
-def _check_precision(checkpoint: Checkpoint, precision: str) -> None:
-    """UsageError where a run that left the choice to the device has come to one with another."""
-    before = checkpoint.state["precision"]
-    if before != precision:
-        raise UsageError(
-            f"{checkpoint.directory}: computed in {before}, and 'auto' is {precision} on this device; go on on a device like the "
-            f"first, or start anew with --training.precision={before}"
-        )
-
-
 def _balance(balancer: ExpertBalancer, updater: Updater) -> dict[str, float]:
     """Move the biases after a step that counts; what there is to log of the routing, which is nothing for a dense model."""
     if updater.num_skipped_in_a_row:
@@ -281,11 +270,6 @@ class _Log:
         self.run.log({"step": step, **record}, timing=timing)
         note = f"loss {record['cross_entropy_nats']:.3f}, {speed:,.0f} tokens/s"
         self.run.progress(step, self.training.num_steps, unit="steps", rate=steps_per_second, note=note)
-
-
-def _find_checkpoint(run_directory: Path) -> Checkpoint | None:
-    remove_leftovers(run_directory)
-    return last_good_checkpoint(run_directory)
 
 
 def rows_of_rank(training: TrainingConfig, world: World) -> range:

@@ -1,0 +1,195 @@
+"""Who draws the responses: the sampler of this package, or vLLM on the same GPUs.
+
+An engine holds the policy's weights of the last `load`. Each process of a world has one of its own and draws whole groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from rlprior.config import UsageError
+from rlprior.models.causal_lm import evaluation_mode
+from rlprior.models.sampler import Decoding, Response, sample
+from rlprior.rl.config import RolloutConfig
+from rlprior.training.engine import autocast
+from rlprior.world import World
+
+
+class RolloutEngine(Protocol):
+    """Draws responses from the policy."""
+
+    def load(self, model: Any) -> None:
+        """Take over the weights of `model`, whole or sharded; every process of the world calls it after each update."""
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        decoding: Decoding,
+        eos_token_id: int,
+        generators: Sequence[torch.Generator],
+    ) -> list[list[Response]]:
+        """Responses of each prompt, with the log-probabilities of the distribution that they were drawn from.
+
+        Args:
+            prompts: token ids of each.
+            samples_per_prompt: group size.
+            decoding: temperature, nucleus, length.
+            eos_token_id: ends a response.
+            generators: one a prompt, so that what is drawn does not depend on the process that draws it.
+        """
+        ...
+
+
+class BuiltinEngine:
+    """The sampler of `rlprior.models.sampler`: with the policy itself where one process has it whole, or else with a copy."""
+
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None, world: World) -> None:
+        """Prepare; to be called before the model is sharded."""
+        is_whole = world.size == 1
+        self.model = model if is_whole else copy.deepcopy(model).to(world.device, autocast_dtype)
+        self.autocast_dtype = autocast_dtype if is_whole else None
+
+    def load(self, model: Any) -> None:
+        """Copy the weights, one tensor at a time, where this is not the policy itself."""
+        if model is self.model:
+            return
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                own[name].copy_(_whole(parameter))
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        decoding: Decoding,
+        eos_token_id: int,
+        generators: Sequence[torch.Generator],
+    ) -> list[list[Response]]:
+        """As `RolloutEngine.sample`."""
+        if not prompts:
+            return []
+        device = next(self.model.parameters()).device
+        with evaluation_mode(self.model), autocast(device, self.autocast_dtype):
+            return sample(
+                self.model,
+                prompts,
+                samples_per_prompt=samples_per_prompt,
+                decoding=decoding,
+                eos_token_id=eos_token_id,
+                generators=generators,
+            )
+
+
+class VllmEngine:
+    """vLLM in the same process, on the same GPU as the trainer; weights are handed over tensor by tensor.
+
+    vLLM computes with other kernels than the trainer: its log-probabilities differ, and `sampler_gap_nats`, `sampler_kl_nats` and
+    `importance_cap` exist for that. Two runs with one seed need not draw the same tokens.
+    """
+
+    def __init__(self, policy: Path, config: RolloutConfig, *, max_length: int, dtype: str) -> None:
+        """Start vLLM with the weights of a Hugging Face folder.
+
+        Args:
+            policy: folder of the policy to start from.
+            config: share of the GPU's memory.
+            max_length: longest prompt and response together.
+            dtype: 'bfloat16' or 'float32', as the trainer's.
+
+        Raises:
+            UsageError: vLLM is not installed.
+        """
+        # the engine in this process, so that it sees the trainer's tensors
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            import vllm  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UsageError(
+                f"rl.rollout.engine = 'vllm' needs vLLM ({error}); pip install 'rlprior[vllm]', or write 'builtin'"
+            ) from None
+        self._sampling_params = vllm.SamplingParams
+        self._engine = vllm.LLM(
+            model=str(policy),
+            dtype=dtype,
+            max_model_len=max_length,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            # of the distribution drawn from, temperature and nucleus included
+            logprobs_mode="processed_logprobs",
+        )
+
+    def load(self, model: Any) -> None:
+        """Hand the weights over, and drop what was cached under the former ones."""
+        for name, parameter in model.named_parameters():
+            weights = [(name, _whole(parameter.detach()))]
+            self._engine.apply_model(lambda inner, weights=weights: inner.load_weights(weights))
+        self._engine.reset_prefix_cache()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        decoding: Decoding,
+        eos_token_id: int,
+        generators: Sequence[torch.Generator],
+    ) -> list[list[Response]]:
+        """As `RolloutEngine.sample`."""
+        seeds = [int(torch.randint(2**31, (1,), generator=generator)) for generator in generators]
+        params = [
+            self._sampling_params(
+                n=samples_per_prompt,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                stop_token_ids=[eos_token_id],
+                logprobs=0,
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = self._engine.generate(requests, params, use_tqdm=False) if requests else []
+        return [[_response(output) for output in answer.outputs] for answer in answers]
+
+
+def _response(output: Any) -> Response:
+    """From vLLM's `CompletionOutput`: of each position, the log-probability of the token drawn."""
+    token_ids = list(output.token_ids)
+    log_probs = [of_place[token].logprob for token, of_place in zip(token_ids, output.logprobs, strict=True)]
+    return Response(token_ids, log_probs, "stop" if output.finish_reason == "stop" else "length")
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def open_engine(
+    config: RolloutConfig, model: Any, policy: Path, *, max_length: int, precision: str, world: World
+) -> RolloutEngine:
+    """The engine that a run asks for; to be called before the model is sharded.
+
+    Args:
+        config: which.
+        model: the policy, whole.
+        policy: the same as a Hugging Face folder.
+        max_length: longest prompt and response together.
+        precision: 'bfloat16' or 'float32', of the trainer's matrix products.
+        world: the processes.
+    """
+    if config.engine == "vllm":
+        return VllmEngine(policy, config, max_length=max_length, dtype=precision)
+    return BuiltinEngine(model, torch.bfloat16 if precision == "bfloat16" else None, world)
