@@ -92,11 +92,8 @@ def started_without_interrupts() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def _start_worker(num_threads: int, parent: int) -> None:
-    """Set the threads, and end with the parent: a killed run leaves no process behind that would hold its files."""
-    import torch
-
-    torch.set_num_threads(num_threads)
+def end_with_parent(parent: int) -> None:
+    """End this process soon after the process `parent`, which started it: a killed run leaves none behind that would hold its files."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -104,3 +101,10 @@ def _start_worker(num_threads: int, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_worker(num_threads: int, parent: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    end_with_parent(parent)

@@ -95,6 +95,8 @@ def test_counts_by_hand(policy: tuple[Any, Any], tmp_path: Path, monkeypatch: py
         "consensus_tied": [False, True, False, False],
         "num_truncated": [0, 0, 1, 2],
         "num_unparsable": [1, 2, 0, 2],
+        "num_timed_out": [0, 0, 0, 0],
+        "num_failed": [0, 0, 0, 0],
         "num_tokens": lengths,
     }
     assert sum(progress) == 16

@@ -185,6 +185,8 @@ def test_description_of_the_last_record(tmp_path: Path) -> None:
                 "consensus": [1.0, 0.0],
                 "num_truncated": [1, 1],
                 "num_unparsable": [0, 4],
+                "num_timed_out": [0, 0],
+                "num_failed": [0, 0],
                 "baseline_accuracy": 0.5,
             }
         },

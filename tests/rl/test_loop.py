@@ -24,12 +24,12 @@ from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
 from rlprior.models.causal_lm import build_model, load_tokenizer, save_model
 from rlprior.rl import loop
-from rlprior.rl import rollout as rollout_module
 from rlprior.rl.config import LengthPhase
 from rlprior.rl.loop import RLRunConfig
 from rlprior.runs import read_jsonl
 from rlprior.study.plan import plan_study
 from rlprior.study.runner import execute
+from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.training import checkpoint as checkpoint_module
@@ -82,7 +82,7 @@ def learn(policy: Path, directory: Path, **changes: Any) -> list[dict[str, Any]]
 def test_reward_rises_where_it_can_be_learned(
     policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_log_probs: str
 ) -> None:
-    monkeypatch.setattr(rollout_module, "verify", contains_digit)
+    monkeypatch.setattr(verifier_module, "verify", contains_digit)
     metrics = learn(policy, tmp_path / "run", old_log_probs=old_log_probs)
     rewards = [record["reward_mean"] for record in metrics]
     # 10 digits among 300 tokens, 6 draws: 0.18 by chance
@@ -101,7 +101,7 @@ def test_reward_follows_the_verdict_and_not_the_text(
     policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The opposite verdict teaches the opposite: a sign error would pass one of the two tests, never both."""
-    monkeypatch.setattr(rollout_module, "verify", contains_none)
+    monkeypatch.setattr(verifier_module, "verify", contains_none)
     metrics = learn(policy, tmp_path / "run", num_steps=40, save_every=40)
     rewards = [record["reward_mean"] for record in metrics]
     assert 0.6 < rewards[0] < 0.95
@@ -158,7 +158,7 @@ CRASHES = {
 def test_a_crash_changes_no_byte(
     policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(rollout_module, "verify", contains_digit)
+    monkeypatch.setattr(verifier_module, "verify", contains_digit)
     rl = dataclasses.replace(
         CONFIG.rl,
         num_steps=6,

@@ -190,6 +190,9 @@ def test_metrics_of_a_rollout() -> None:
         "response_tokens_p90": 8,
         "response_tokens_max": 8,
         "truncated_share": 1 / 8,
+        "correct_share": 1 / 8,
         "unparsable_share": 1 / 8,
+        "timed_out_share": 0,
+        "failed_share": 0,
     }
     assert rollout_metrics(rollout) == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,11 @@ class Outcome:
     extracted: str | None
 
 
-def verify(problem: str, response: str, *, truncated: bool) -> Outcome:
-    if truncated:
-        return Outcome("truncated", None)
-    return Outcome("correct" if response == problem else "wrong", response)
+def judge(responses: Sequence[tuple[str, str, bool]]) -> list[Outcome]:
+    return [
+        Outcome("truncated", None) if cut else Outcome("correct" if text == problem else "wrong", text)
+        for problem, text, cut in responses
+    ]
 
 
 GRADES = [Grade("p0", 0, "correct", "4"), Grade("p0", 1, "wrong", "5"), Grade("p0", 2, "truncated", None)]
@@ -43,12 +45,12 @@ def test_each_sample_is_graded_in_order() -> None:
         replace(SAMPLE, sample_index=1, text="5"),
         replace(SAMPLE, sample_index=2, finish_reason="length"),
     ]
-    assert grade(samples, {"p0": "4"}, verify) == GRADES
+    assert grade(samples, {"p0": "4"}, judge) == GRADES
 
 
 def test_unknown_problem_is_refused() -> None:
     with pytest.raises(RunError, match="unknown problem 'p0'"):
-        grade([SAMPLE], {"p1": "4"}, verify)
+        grade([SAMPLE], {"p1": "4"}, judge)
 
 
 def test_grades_are_kept_for_their_grader_only(tmp_path: Path) -> None:

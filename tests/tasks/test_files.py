@@ -12,7 +12,7 @@ import pytest
 from rlprior.config import RunError, UsageError, decode
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.files import load_problems, read_json_lines
-from rlprior.tasks.problem import Status
+from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verify import verify
 
 
@@ -47,6 +47,54 @@ def test_math_record(tmp_path: Path) -> None:
 def test_bare_numbers_are_gold_answers(tmp_path: Path, answer: object) -> None:
     [problem] = load_problems(write(tmp_path / "amc.jsonl", {"question": "?", "answer": answer}))
     assert (problem.solution, problem.answer) == (" #### 27", "27")
+
+
+@pytest.mark.parametrize("answer", ["B", " b ", 1])
+def test_multiple_choice_record(tmp_path: Path, answer: object) -> None:
+    record = {"question": " Which is even? ", "choices": ["3", 4, " 5 "], "answer": answer, "subject": "sums"}
+    [problem] = load_problems(write(tmp_path / "c.jsonl", record))
+    assert problem.prompt == "Q: Which is even?\n(A) 3\n(B) 4\n(C) 5\nA:"
+    assert (problem.solution, problem.answer, problem.choices) == (" #### B", "B", ("3", "4", "5"))
+    assert verify(problem, problem.solution).status is Status.CORRECT
+
+
+def test_one_question_with_other_choices_is_another_problem(tmp_path: Path) -> None:
+    rows = [{"question": "Which?", "choices": ["1", last], "answer": "A"} for last in ("2", "3", "2")]
+    assert len(load_problems(write(tmp_path / "c.jsonl", *rows))) == 2
+
+
+def test_what_was_written_is_kept_beside_its_canonical_form(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "Matrix?", "solution": r"\boxed{\begin{pmatrix} X \\ 2 \end{pmatrix}}"},
+        {"problem": "Number?", "solution": r"\boxed{7}"},
+    ]
+    matrix, number = load_problems(write(tmp_path / "m.jsonl", *rows))
+    assert matrix.written_answer == r"\begin{pmatrix} X \\ 2 \end{pmatrix}"
+    assert number.written_answer is None
+
+
+def test_an_answer_may_be_any_text_for_a_verifier_that_reads_more_than_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", {"question": "Say it", "answer": "(X, Y)"})
+
+    def load(verifier: str) -> list[Problem]:
+        config = TaskConfig(kind="file", path="p.jsonl", verifier=verifier)
+        return load_task(config, split="train", num_problems=None, seed=0, data_dir=tmp_path)
+
+    for verifier in ("math", "reward.py:f"):
+        [problem] = load(verifier)
+        assert (problem.answer, problem.written_answer) == ("(x,y)", "(X, Y)")
+    with pytest.raises(RunError, match="no gold answer"):
+        load("rules")
+
+
+def test_files_that_are_part_of_a_task(tmp_path: Path) -> None:
+    config = TaskConfig(kind="file", path="p.jsonl", verifier="r/reward.py:f")
+    assert config.input_files(tmp_path) == {
+        "problems": tmp_path / "p.jsonl",
+        "reward": tmp_path / "r/reward.py",
+    }
+    assert config.input_files(None)["problems"] == Path("p.jsonl")
+    assert TaskConfig(verifier="math").input_files(None) == {}
 
 
 def test_file_order_blank_lines_copies_compression_and_byte_order_mark(tmp_path: Path) -> None:
@@ -86,6 +134,34 @@ BAD_FILES = [
         GOOD + b'{"question": "\\ud800", "answer": "#### 2"}\n',
         RunError,
         r"p.jsonl:2: character 0 is half a surrogate",
+    ),
+    *(
+        (
+            GOOD + json.dumps({"question": "q", "choices": ["1", "2"], "answer": "A", **change}).encode(),
+            error,
+            message,
+        )
+        for change, error, message in (
+            (
+                {"answer": "C"},
+                RunError,
+                r"p.jsonl:2: `answer` must be a letter from A to B, or a .* from 0 to 1 .*, not 'C'",
+            ),
+            ({"answer": 2}, RunError, r"p.jsonl:2: `answer` must be .*, not 2"),
+            ({"answer": -1}, RunError, r"p.jsonl:2: `answer` must be .*, not -1"),
+            ({"answer": True}, RunError, r"p.jsonl:2: `answer` must be .*, not True"),
+            ({"answer": "1"}, RunError, r"p.jsonl:2: `answer` must be .*, not '1'"),
+            ({"answer": ""}, RunError, r"p.jsonl:2: `answer` must be .*, not ''"),
+            ({"choices": ["1"]}, RunError, r"p.jsonl:2: `choices` must be a list of 2 to 26 texts"),
+            ({"choices": "12"}, RunError, r"p.jsonl:2: `choices` must be a list of 2 to 26 texts"),
+            ({"choices": ["1", None]}, RunError, r"p.jsonl:2: `choices` must be text, not NoneType"),
+            ({"question": ""}, RunError, r"p.jsonl:2: no question"),
+        )
+    ),
+    (
+        GOOD + b'{"question": "q", "choices": ["1", "2"]}\n',
+        UsageError,
+        r"p.jsonl:2: `choices` needs .*; add `answer`",
     ),
 ]
 
@@ -159,3 +235,15 @@ def test_gsm8k_gold_solutions_are_judged_correct(real_data: Path, side: str, num
     assert len(problems) == num_problems
     assert not any("<<" in problem.solution for problem in problems)
     assert all(verify(problem, problem.solution).status is Status.CORRECT for problem in problems)
+
+
+def test_mmlu_is_multiple_choice(real_data: Path) -> None:
+    problems = load_problems(real_data / "mmlu" / "test.jsonl")
+    # 14,042 rows, some of them twice
+    assert 13_900 < len(problems) <= 14_042
+    for problem in problems:
+        assert verify(problem, problem.solution).status is Status.CORRECT
+        named = f"the answer is ({problem.answer}) {problem.choices[ord(problem.answer) - ord('A')]}"
+        # a choice that holds the end of a sentence or a line is cut there, and then is not that choice
+        assert verify(problem, named).status in (Status.CORRECT, Status.UNPARSABLE)
+        assert verify(problem, "Z").status is Status.UNPARSABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -81,6 +82,9 @@ TABLE = [
     ("72", "#### 72 clips", RIGHT),
     ("72", r"\boxed{72\text{ clips}}", RIGHT),
     ("72", "#### **72**", RIGHT),
+    ("72", "the answer is **72** clips", RIGHT),
+    ("23", "#### 2**3", WRONG),
+    ("9999", "#### 9**9**9**9", WRONG),
     ("72", r"the answer is \(72\).", RIGHT),
     # hedging, towers and other attacks
     ("5", "#### 5 or 7", WRONG),
@@ -115,6 +119,64 @@ TABLE = [
     ("apples", r"\boxed{\text{Apples}}", RIGHT),
     ("yes", "#### no", WRONG),
 ]
+
+
+CHOICES = ("a marsh", "4", r"$\frac{1}{2}$", "B and C")
+CHOICE_TABLE = [
+    ("#### B", RIGHT),
+    ("#### (B)", RIGHT),
+    ("#### b.", RIGHT),
+    ("#### A", WRONG),
+    ("#### D", WRONG),
+    (r"\boxed{B}", RIGHT),
+    (r"\boxed{\text{(B)}}", RIGHT),
+    ("The answer is **B**.", RIGHT),
+    ("The answer is option B", RIGHT),
+    ("The answer is (B) 4.", RIGHT),
+    ("The answer is: B: 4", RIGHT),
+    ("the answer is (B) 5", NONE),
+    ("the answer is a marsh", NONE),
+    ("the answer is A. a marsh", WRONG),
+    (r"#### C) 1/2", WRONG),
+    (r"\boxed{C. $\frac12$}", WRONG),
+    ("I think B", NONE),
+    # not an answer: two letters, no letter of a choice, the choice's words alone, a number
+    ("#### B or C", NONE),
+    ("#### BC", NONE),
+    ("#### B, C", NONE),
+    ("#### E", NONE),
+    ("#### 4", NONE),
+    ("#### 2", NONE),
+    ("#### \u0412", NONE),
+    ("####", NONE),
+    ("", NONE),
+    # a marker without a letter leaves the next one its say
+    ("The answer is 4 #### B", RIGHT),
+    (r"\boxed{4} #### B", RIGHT),
+]
+
+
+@pytest.mark.parametrize(("response", "status"), CHOICE_TABLE)
+def test_multiple_choice_is_by_letter(response: str, status: Status) -> None:
+    one = replace(problem("B"), choices=CHOICES)
+    verdict = verify(one, response)
+    assert verdict.status is status
+    assert (verdict.extracted is None) == (status is NONE)
+    expected = Status.TRUNCATED if status is NONE else status
+    assert verify(one, response + "\n", truncated=True).status is expected
+
+
+@pytest.mark.parametrize("response", [" B", "B\n", " (B) 4"])
+def test_a_letter_may_be_the_whole_response(response: str) -> None:
+    """As after a prompt that ends in "A:"; of a response that was cut nobody knows the whole."""
+    one = replace(problem("B"), choices=CHOICES)
+    assert verify(one, response).status is Status.CORRECT
+    assert verify(one, response, truncated=True).status is Status.TRUNCATED
+
+
+def test_a_letter_that_was_cut_after_was_not_finished() -> None:
+    one = replace(problem("B"), choices=CHOICES)
+    assert verify(one, "#### B", truncated=True).status is Status.TRUNCATED
 
 
 @pytest.mark.parametrize(("answer", "response", "status"), TABLE)

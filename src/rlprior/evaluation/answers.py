@@ -14,13 +14,14 @@ from rlprior.config import fingerprint
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
-from rlprior.runs import code_fingerprint, file_hash
+from rlprior.runs import file_hash
 from rlprior.samples.estimators import cons_at_m
 from rlprior.samples.grades import Grade, grade, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
 from rlprior.seeding import torch_generator
 from rlprior.tasks.problem import Problem, Status
-from rlprior.tasks.verify import canonical_answer, verify
+from rlprior.tasks.verifier import RULES, Verifier
+from rlprior.tasks.verify import canonical_answer
 
 ROWS_PER_BATCH = 512
 """Responses sampled together: enough to fill the processor, few enough for their caches to stay small."""
@@ -38,6 +39,7 @@ def answer_problems(
     decoding: Decoding,
     seed: int,
     progress: Callable[[int], None],
+    verifier: Verifier = RULES,
 ) -> dict[str, list[Any]]:
     """Sample what the store at `path` lacks, grade it, and count.
 
@@ -51,10 +53,11 @@ def answer_problems(
         decoding: temperature, nucleus, length.
         seed: of the sampling.
         progress: called with the number of responses each batch adds.
+        verifier: who grades.
 
     Returns:
         Columns with one entry a problem: problem_ids, num_correct, consensus (expected Cons@m), consensus_tied, num_truncated,
-        num_unparsable, num_tokens.
+        num_unparsable, num_timed_out, num_failed (the statuses of that name), num_tokens.
     """
     key = StoreKey(model_hash=model_identity, task=name, decoding=dataclasses.asdict(decoding), seed=seed)
     store = SampleStore.open(path, key)
@@ -68,12 +71,12 @@ def answer_problems(
         progress(len(batch) * samples_per_problem)
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = path.with_suffix(".grades.jsonl")
-    # grades hold for these rules, these samples and these gold answers
-    judged = fingerprint([file_hash(path), [[problem.id, problem.answer] for problem in problems]])
-    grader = f"rules-{code_fingerprint(['rlprior.tasks.verify'])}-{judged}"
+    # grades hold for this verifier, these samples and these gold answers
+    gold = [[problem.id, problem.answer, problem.written_answer] for problem in problems]
+    grader = f"{verifier.version}-{fingerprint([file_hash(path), gold])}"
     grades = read_grades(grades_path, grader=grader)
     if grades is None:
-        grades = grade([one for pool in pools for one in pool], by_id, verify)
+        grades = grade([one for pool in pools for one in pool], by_id, verifier.grade)
         write_grades(grades_path, grades, grader=grader)
     return _columns(pools, grades, samples_per_problem)
 
@@ -121,6 +124,8 @@ def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int)
             "consensus_tied",
             "num_truncated",
             "num_unparsable",
+            "num_timed_out",
+            "num_failed",
             "num_tokens",
         )
     }
@@ -135,7 +140,8 @@ def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int)
         columns["consensus"].append(consensus.score)
         columns["consensus_tied"].append(consensus.tied)
         columns["num_truncated"].append(sum(one.finish_reason == "length" for one in pool))
-        columns["num_unparsable"].append(statuses[Status.UNPARSABLE])
+        for status in (Status.UNPARSABLE, Status.TIMED_OUT, Status.FAILED):
+            columns[f"num_{status}"].append(statuses[status])
         columns["num_tokens"].append(sum(one.num_tokens for one in pool))
     return columns
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from rlprior.evaluation.likelihood import (
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.runs import Run, read_jsonl, write_atomically
 from rlprior.tasks.config import load_task
-from rlprior.tasks.problem import Problem
+from rlprior.tasks.problem import Problem, Status
+from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import MANIFEST_FILE, checkpoint_directory
 
 CODE = (
@@ -36,6 +36,8 @@ CODE = (
     "rlprior.data.tokenizer",
     "rlprior.seeding",
 )
+UNGRADED = (Status.TIMED_OUT, Status.FAILED)
+"""Statuses that a rules-only verifier never gives: a reader hears of them where there are any."""
 SEED = 0
 """Questions and sampling of evaluations do not change with the seed of training: all runs meet the same ones."""
 
@@ -103,13 +105,17 @@ def _gather(config: EvaluationRunConfig) -> _Material:
             split="test",
             num_problems=evaluation.final.num_problems,
             seed=SEED,
-            data_dir=Path(config.data_dir) if config.data_dir else None,
+            data_dir=_data_dir(config),
         )
         for name, task in evaluation.tasks.items()
     }
     return _Material(
         documents, unigram_cross_entropy(corpus, evaluation.held_out_sources, documents), problems
     )
+
+
+def _data_dir(config: EvaluationRunConfig) -> Path | None:
+    return Path(config.data_dir) if config.data_dir else None
 
 
 def _share(material: _Material, budget: Budget) -> _Material:
@@ -170,18 +176,20 @@ def _measure(
     likelihood["unigram_cross_entropy_nats"] = material.unigram_nats
     tasks: dict[str, Any] = {}
     for name, problems in material.problems.items():
-        columns = answer_problems(
-            model,
-            tokenizer,
-            problems,
-            name=name,
-            path=run.directory / "samples" / f"{name}-{checkpoint['step']:08d}.jsonl",
-            model_identity=f"{run.identity.inputs.get('target', config.target)}/{checkpoint['step']}",
-            samples_per_problem=budget.samples_per_problem,
-            decoding=evaluation.decoding,
-            seed=SEED,
-            progress=progress,
-        )
+        with open_verifier(evaluation.tasks[name], _data_dir(config)) as verifier:
+            columns = answer_problems(
+                model,
+                tokenizer,
+                problems,
+                name=name,
+                path=run.directory / "samples" / f"{name}-{checkpoint['step']:08d}.jsonl",
+                model_identity=f"{run.identity.inputs.get('target', config.target)}/{checkpoint['step']}",
+                samples_per_problem=budget.samples_per_problem,
+                decoding=evaluation.decoding,
+                seed=SEED,
+                progress=progress,
+                verifier=verifier,
+            )
         baseline = frequent_answers_baseline(
             [problem.answer for problem in problems], budget.samples_per_problem
         )
@@ -224,10 +232,9 @@ def describe_results(directory: Path) -> str:
 def _describe_task(name: str, task: dict[str, Any]) -> str:
     m, correct = task["num_samples"], np.array(task["num_correct"])
     total = m * len(correct)
-    shares: Sequence[str] = [
-        f"{label} {sum(task[key]) / total:.1%}"
-        for label, key in (("cut", "num_truncated"), ("unparsable", "num_unparsable"))
-    ]
+    labels = {"num_truncated": "cut", "num_unparsable": "unparsable"}
+    labels |= {f"num_{one}": one.replace("_", " ") for one in UNGRADED if any(task[f"num_{one}"])}
+    shares = [f"{label} {sum(task[key]) / total:.1%}" for key, label in labels.items()]
     return (
         f"{name} ({len(correct)} problems): Avg@{m} {correct.sum() / total:.3f}, Cons@{m} {np.mean(task['consensus']):.3f}, "
         f"Pass@{m} {np.mean(correct > 0):.3f}; {', '.join(shares)}; best constant answer {task['baseline_accuracy']:.3f}"

@@ -14,6 +14,7 @@ from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_m
 from rlprior.rl.update import PolicyLogProbs, policy_update
 from rlprior.runs import Run, RunStopped, catch_termination
 from rlprior.tasks.config import load_task
+from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import (
     CheckpointSaver,
     check_precision,
@@ -104,7 +105,7 @@ def run(config: RLRunConfig, run: Run) -> Path:
         peak_learning_rate=rl.learning_rate, final_learning_rate=0.0, warmup_steps=rl.warmup_steps
     )
     last = policy
-    with catch_termination() as is_asked_to_stop:
+    with catch_termination() as is_asked_to_stop, open_verifier(rl.task, _data_dir(config)) as verifier:
         for step in range(first_step, rl.num_steps + 1):
             clock = time.perf_counter()
             rollout = collect_rollout(
@@ -115,6 +116,7 @@ def run(config: RLRunConfig, run: Run) -> Path:
                 step=step,
                 cursor=state["cursor"],
                 seed=config.seed,
+                verifier=verifier,
                 world=world,
             )
             rollout_seconds = time.perf_counter() - clock
@@ -167,11 +169,14 @@ def _speed(rollout: Rollout, rollout_seconds: float, seconds: float) -> dict[str
 
 
 def _training_problems(config: RLRunConfig) -> Any:
-    data_dir = Path(config.data_dir) if config.data_dir else None
     return load_task(
         config.rl.task,
         split="train",
         num_problems=config.rl.num_problems,
         seed=config.seed,
-        data_dir=data_dir,
+        data_dir=_data_dir(config),
     )
+
+
+def _data_dir(config: RLRunConfig) -> Path | None:
+    return Path(config.data_dir) if config.data_dir else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +19,16 @@ from rlprior.rl.engines import RolloutEngine
 from rlprior.rl.grpo import has_signal
 from rlprior.seeding import numpy_generator, torch_generator
 from rlprior.tasks.problem import Problem, Status, Verdict
-from rlprior.tasks.verify import verify
+from rlprior.tasks.verifier import RULES, Verifier
 from rlprior.world import ALONE, World
+
+SHARES = (Status.CORRECT, Status.UNPARSABLE, Status.TIMED_OUT, Status.FAILED)
+"""Statuses whose share of the samples is logged."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt, its responses, and their verdicts; the reward is 1 for a correct answer, 0 for anything else."""
+    """One prompt, its responses, and their verdicts."""
 
     prompt_ids: list[int]
     responses: list[Response]
@@ -32,7 +37,7 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         """Reward of each response."""
-        return [float(verdict.status is Status.CORRECT) for verdict in self.verdicts]
+        return [verdict.reward for verdict in self.verdicts]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def collect_rollout(
     step: int,
     cursor: int,
     seed: int,
+    verifier: Verifier = RULES,
     world: World = ALONE,
 ) -> Rollout:
     """Sample groups for one update; with 'refill', until `prompts_per_step` of them carry a gradient or the cap is reached.
@@ -93,7 +99,14 @@ def collect_rollout(
         own = slice(world.rank, None, world.size)
         shares = world.gather(
             sample_groups(
-                engine, tokenizer, prompts, indices[own], config, step=step, generators=generators[own]
+                engine,
+                tokenizer,
+                prompts,
+                indices[own],
+                config,
+                step=step,
+                generators=generators[own],
+                verifier=verifier,
             )
         )
         groups = [shares[place % world.size][place // world.size] for place in range(missing)]
@@ -121,6 +134,7 @@ def sample_groups(
     *,
     step: int,
     generators: Sequence[torch.Generator],
+    verifier: Verifier,
 ) -> list[Group]:
     """Draw and grade `samples_per_prompt` responses of each problem."""
     batches = engine.sample(
@@ -130,15 +144,24 @@ def sample_groups(
         eos_token_id=tokenizer.eos_token_id,
         generators=generators,
     )
-    groups: list[Group] = []
-    for index, responses in zip(indices, batches, strict=True):
-        texts = tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        verdicts = [
-            verify(prompts.problems[index], text, truncated=response.finish_reason == "length")
-            for text, response in zip(texts, responses, strict=True)
-        ]
-        groups.append(Group(prompts.prompt_ids[index], responses, verdicts))
-    return groups
+    texts = tokenizer.batch_decode(
+        [response.token_ids for responses in batches for response in responses], skip_special_tokens=True
+    )
+    asked = [
+        (prompts.problems[i], one) for i, responses in zip(indices, batches, strict=True) for one in responses
+    ]
+    verdicts = iter(
+        verifier.grade(
+            [
+                (problem, text, one.finish_reason == "length")
+                for (problem, one), text in zip(asked, texts, strict=True)
+            ]
+        )
+    )
+    return [
+        Group(prompts.prompt_ids[index], responses, list(itertools.islice(verdicts, len(responses))))
+        for index, responses in zip(indices, batches, strict=True)
+    ]
 
 
 def rewards_of(groups: Sequence[Group]) -> Tensor:
@@ -150,6 +173,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What is logged of a rollout before any update; shares are of all samples drawn. No `reward_mean_kept` where no group is kept."""
     responses = [response for group in rollout.drawn for response in group.responses]
     verdicts = [verdict for group in rollout.drawn for verdict in group.verdicts]
+    statuses = Counter(verdict.status for verdict in verdicts)
     lengths = np.array([len(response.token_ids) for response in responses])
     rewards, kept = rewards_of(rollout.drawn), rewards_of(rollout.kept)
     return {
@@ -166,5 +190,5 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         },
         "response_tokens_max": float(lengths.max()),
         "truncated_share": float(np.mean([response.finish_reason == "length" for response in responses])),
-        "unparsable_share": float(np.mean([verdict.status is Status.UNPARSABLE for verdict in verdicts])),
+        **{f"{status}_share": statuses[status] / len(verdicts) for status in SHARES},
     }

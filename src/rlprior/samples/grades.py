@@ -26,10 +26,12 @@ class VerdictLike(Protocol):
     def extracted(self) -> str | None: ...
 
 
-class Verifier(Protocol[ProblemT_contra]):
-    """`verify(problem, response, truncated=...) -> verdict`."""
+class Grader(Protocol[ProblemT_contra]):
+    """Of (problem, response, whether it was cut), a whole batch at once, a verdict for each, in order."""
 
-    def __call__(self, problem: ProblemT_contra, response: str, *, truncated: bool) -> VerdictLike: ...
+    def __call__(
+        self, responses: Sequence[tuple[ProblemT_contra, str, bool]], /
+    ) -> Sequence[VerdictLike]: ...
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,24 @@ class Grade:
 
 
 def grade(
-    samples: Iterable[Sample], problems: Mapping[str, ProblemT], verify: Verifier[ProblemT]
+    samples: Iterable[Sample], problems: Mapping[str, ProblemT], grader: Grader[ProblemT]
 ) -> list[Grade]:
-    """Grade each sample, in order; a sample that ended at the length limit is verified as truncated.
+    """Grade each sample, in order; a sample that ended at the length limit is graded as truncated.
 
     Raises:
         RunError: a sample of a problem that is not given.
     """
-    grades: list[Grade] = []
+    samples = list(samples)
+    responses: list[tuple[ProblemT, str, bool]] = []
     for sample in samples:
         problem = problems.get(sample.problem_id)
         if problem is None:
             raise RunError(f"sample {sample.sample_index} answers the unknown problem {sample.problem_id!r}")
-        verdict = verify(problem, sample.text, truncated=sample.finish_reason == "length")
-        grades.append(Grade(sample.problem_id, sample.sample_index, str(verdict.status), verdict.extracted))
-    return grades
+        responses.append((problem, sample.text, sample.finish_reason == "length"))
+    return [
+        Grade(sample.problem_id, sample.sample_index, str(verdict.status), verdict.extracted)
+        for sample, verdict in zip(samples, grader(responses), strict=True)
+    ]
 
 
 def write_grades(path: Path, grades: Sequence[Grade], *, grader: str) -> None:

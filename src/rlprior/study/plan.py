@@ -211,10 +211,14 @@ def _plan_evaluation(
 
 
 def task_inputs(data_dir: str | None, tasks: Mapping[str, TaskConfig]) -> dict[str, str]:
-    """Identity of each task's file, and of the data folder itself, whose path does not matter."""
-    root = Path(data_dir or ".")
-    files = {name: root / task.path for name, task in tasks.items() if task.path}
-    return {"data_dir": "", **{f"task {name}": input_identity(path) for name, path in files.items()}}
+    """Identity of each task's files, and of the data folder itself, whose path does not matter."""
+    root = Path(data_dir) if data_dir else None
+    files = {
+        f"task {name} {what}": path
+        for name, task in tasks.items()
+        for what, path in task.input_files(root).items()
+    }
+    return {"data_dir": "", **{name: input_identity(path) for name, path in files.items()}}
 
 
 def describe_model(config: StudyConfig) -> dict[str, Any]:

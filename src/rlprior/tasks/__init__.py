@@ -4,6 +4,7 @@ from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.files import load_problems
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.tasks.synthetic import generate_problems, split_of
+from rlprior.tasks.verifier import Verifier, open_verifier
 from rlprior.tasks.verify import canonical_answer, extract_answer, verify
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "Status",
     "TaskConfig",
     "Verdict",
+    "Verifier",
     "canonical_answer",
     "extract_answer",
     "generate_problems",
     "load_problems",
     "load_task",
+    "open_verifier",
     "split_of",
     "verify",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rlprior.config import UsageError
+from rlprior.config import HOW, UsageError
 from rlprior.tasks.files import load_problems
 from rlprior.tasks.problem import Problem
+from rlprior.tasks.reward import split_reward
 from rlprior.tasks.synthetic import Split, check_families, generate_problems
 
 
@@ -22,6 +23,10 @@ class TaskConfig:
         difficulties: of generated problems, 1 (easiest) to 4.
         path: of a file, relative to the data directory.
         limit: at most that many problems, None for no limit.
+        verifier: `rules`; `math`, rules and then math-verify; or a reward function `path.py:function`, its path relative to the data
+            directory. Multiple choice is by exact letter with `rules` and `math` alike.
+        verifier_timeout_seconds: how long math-verify or a reward function may take for one answer.
+        verifier_workers: processes that math-verify or a reward function runs in.
     """
 
     kind: Literal["synthetic", "file"] = "synthetic"
@@ -29,6 +34,9 @@ class TaskConfig:
     difficulties: tuple[int, ...] = (2,)
     path: str | None = None
     limit: int | None = None
+    verifier: str = "rules"
+    verifier_timeout_seconds: float = 1.0
+    verifier_workers: int = field(default=2, metadata=HOW)
 
     def __post_init__(self) -> None:
         if self.kind == "file" and not self.path:
@@ -42,6 +50,28 @@ class TaskConfig:
                 check_families(self.families, self.difficulties)
             except UsageError as error:
                 raise ValueError(str(error)) from None
+        if self.verifier not in ("rules", "math") and split_reward(self.verifier) is None:
+            raise ValueError(
+                f"verifier = {self.verifier!r} is unknown; write 'rules', 'math' or 'path.py:function'"
+            )
+        if not 0 < self.verifier_timeout_seconds < float("inf"):
+            raise ValueError(
+                f"verifier_timeout_seconds = {self.verifier_timeout_seconds} must be a time above 0"
+            )
+        if self.verifier_workers < 1:
+            raise ValueError(f"verifier_workers must be at least 1, not {self.verifier_workers}")
+
+    def reward_function(self, data_dir: Path | None) -> tuple[Path, str] | None:
+        """File and name of the reward function, None where the task has none."""
+        reward = split_reward(self.verifier)
+        return (resolve_path(reward[0], data_dir), reward[1]) if reward else None
+
+    def input_files(self, data_dir: Path | None) -> dict[str, Path]:
+        """Files whose content is part of what the task is, by what they are."""
+        files = {"problems": resolve_path(self.path, data_dir)} if self.path else {}
+        if reward := self.reward_function(data_dir):
+            files["reward"] = reward[0]
+        return files
 
 
 def load_task(
@@ -63,7 +93,8 @@ def load_task(
     counts = [count for count in (num_problems, config.limit) if count is not None]
     num_wanted = min(counts) if counts else None
     if config.kind == "file":
-        return load_problems(resolve_path(config.path or "", data_dir))[:num_wanted]
+        path = resolve_path(config.path or "", data_dir)
+        return load_problems(path, any_answer=config.verifier != "rules")[:num_wanted]
     if num_wanted is None:
         raise UsageError("generated problems have no natural number; write num_problems or limit")
     return generate_problems(

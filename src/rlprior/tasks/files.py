@@ -1,4 +1,4 @@
-"""Problems from JSON Lines files: GSM8K's `question` and `answer`, or MATH's `problem` and `solution`."""
+"""Problems from JSON Lines files: GSM8K's `question` and `answer`, MATH's `problem` and `solution`, or multiple choice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
-from rlprior.tasks.problem import Problem, question_id, question_prompt
+from rlprior.tasks.problem import LETTERS, Problem, choice_question, question_id, question_prompt
 from rlprior.tasks.verify import canonical_answer, is_number, last_boxed
 
 _CALCULATOR_MARKS = re.compile(r"<<[^>]*>>")
@@ -82,11 +83,16 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def load_problems(path: Path) -> list[Problem]:
+def load_problems(path: Path, *, any_answer: bool = False) -> list[Problem]:
     """Problems of a JSON Lines file, in file order; a question that comes again is left out.
 
-    A record has `question` and `answer` (a worked answer that ends with `#### <answer>`, or a bare number) or `problem` and
-    `solution` (with the answer in `\\boxed{}`). GSM8K's `<<...>>` marks are stripped.
+    A record has `question` and `answer` (a worked answer that ends with `#### <answer>`, or a bare number), or `problem` and
+    `solution` (with the answer in `\\boxed{}`), or `question`, `choices` (a list) and `answer` (a letter, or a position from 0). GSM8K's
+    `<<...>>` marks are stripped.
+
+    Args:
+        path: of the file.
+        any_answer: an `answer` without `####` may be any text, for verifiers that read more than numbers.
 
     Raises:
         UsageError: no such file, or a record without these fields.
@@ -96,29 +102,42 @@ def load_problems(path: Path) -> list[Problem]:
     task = f"{path.parent.name}/{path.name.partition('.')[0]}"
     for number, record in read_json_lines(path):
         where = f"{path}:{number}"
-        question, worked, answer = _read_record(record, where)
-        identity = question_id("file", question)
+        read = _read_choices if "choices" in record else _read_record
+        gold = read(record, where, any_answer)
+        identity = question_id("file", gold.question)
         problems.setdefault(
             identity,
             Problem(
                 id=identity,
                 task=task,
                 difficulty=0,
-                prompt=question_prompt(question),
-                solution=f" {worked}\n#### {answer}" if worked else f" #### {answer}",
-                answer=answer,
+                prompt=question_prompt(gold.question),
+                solution=f" {gold.worked}\n#### {gold.answer}" if gold.worked else f" #### {gold.answer}",
+                answer=gold.answer,
+                written_answer=gold.written if gold.written != gold.answer else None,
+                choices=gold.choices,
             ),
         )
     return list(problems.values())
 
 
-def _read_record(record: dict[str, Any], where: str) -> tuple[str, str, str]:
-    """Question, working without the final answer, and gold answer of one record."""
+@dataclass(frozen=True)
+class _Gold:
+    """What a record says: the question, the working without the final answer, and the answer, canonical and as written."""
+
+    question: str
+    worked: str
+    answer: str
+    written: str
+    choices: tuple[str, ...] = ()
+
+
+def _read_record(record: dict[str, Any], where: str, any_answer: bool) -> _Gold:
     if "question" in record and "answer" in record:
         question, text = _field(record, "question", where), _field(record, "answer", where)
         text = _CALCULATOR_MARKS.sub("", text)
         worked, marker, gold = text.rpartition("####")
-        if not marker and not is_number(gold):
+        if not marker and not any_answer and not is_number(gold):
             raise RunError(
                 f"{where}: no gold answer; `answer` must end with #### and the answer, or be a number"
             )
@@ -129,13 +148,36 @@ def _read_record(record: dict[str, Any], where: str) -> tuple[str, str, str]:
         raise UsageError(
             f"{where}: needs `question` and `answer`, or `problem` and `solution`; it has {', '.join(record) or 'nothing'}"
         )
-    answer = canonical_answer(gold)
+    answer = canonical_answer(gold) or (gold.strip() if any_answer else "")
     if not answer or not question:
         missing = (
             "question" if not question else r"gold answer; write #### <answer> or \boxed{<answer>} at the end"
         )
         raise RunError(f"{where}: no {missing}")
-    return question, worked.strip(), answer
+    return _Gold(question, worked.strip(), answer, gold.strip())
+
+
+def _read_choices(record: dict[str, Any], where: str, any_answer: bool) -> _Gold:
+    for name in ("question", "answer"):
+        if name not in record:
+            raise UsageError(f"{where}: `choices` needs `question` and `answer` beside it; add `{name}`")
+    question, choices, answer = _field(record, "question", where), record["choices"], record["answer"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise RunError(f"{where}: `choices` must be a list of 2 to {len(LETTERS)} texts")
+    texts = tuple(_field({"choices": choice}, "choices", where) for choice in choices)
+    letters = LETTERS[: len(texts)]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        letter = letters[answer]
+    elif isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in letters:
+        letter = answer.strip().upper()
+    else:
+        raise RunError(
+            f"{where}: `answer` must be a letter from A to {letters[-1]}, or a whole number from 0 to {len(texts) - 1} "
+            f"that counts the choices, not {answer!r:.40}"
+        )
+    if not question:
+        raise RunError(f"{where}: no question")
+    return _Gold(choice_question(question, texts), "", letter, letter, texts)
 
 
 def _field(record: dict[str, Any], name: str, where: str) -> str:

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 class Status(enum.StrEnum):
-    """What became of one response; only `CORRECT` earns a reward, and the others are rates of their own."""
+    """What became of one response; accuracy counts `CORRECT`, and the others are rates of their own."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     UNPARSABLE = "unparsable"
+    """A finished response that states no answer."""
     TIMED_OUT = "timed_out"
+    """Whoever compares or rewards took longer than its deadline."""
+    FAILED = "failed"
+    """The process that compares or rewards ran out of memory or died."""
     TRUNCATED = "truncated"
+    """Cut by the length limit before an answer was finished."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Status of a response, and its answer in canonical form (None where none could be extracted)."""
+    """What became of one response.
+
+    Attributes:
+        status: what it counts as.
+        extracted: its answer in canonical form, None where none could be extracted.
+        given_reward: what a user's reward function said, None without one.
+    """
 
     status: Status
     extracted: str | None
+    given_reward: float | None = field(default=None, repr=False)
+
+    @property
+    def reward(self) -> float:
+        """What reinforcement learning is paid: the function's reward, or else 1 for a correct answer and 0 for anything else."""
+        return float(self.status is Status.CORRECT) if self.given_reward is None else self.given_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +53,9 @@ class Problem:
         difficulty: 1 (easiest) to 4 for generated problems, 0 where nobody graded it.
         prompt: exact text that a policy continues; ends right before the answer text.
         solution: worked solution, to follow `prompt` directly; ends with `#### <answer>`.
-        answer: the answer alone.
+        answer: the answer alone; of a multiple-choice question its letter.
+        written_answer: the answer as a file writes it, where that is not `answer`: for whoever reads more than canonical forms.
+        choices: of a multiple-choice question, in the order of their letters.
     """
 
     id: str
@@ -44,6 +64,8 @@ class Problem:
     prompt: str
     solution: str
     answer: str
+    written_answer: str | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -67,3 +89,19 @@ def question_prompt(question: str) -> str:
     'Q: 37+48\\nA:'
     """
     return f"Q: {question}\nA:"
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def choice_question(question: str, choices: Sequence[str]) -> str:
+    """A multiple-choice question with its lettered choices, a line each, as it is put into `question_prompt`.
+
+    >>> print(question_prompt(choice_question("Which is even?", ["3", "4"])))
+    Q: Which is even?
+    (A) 3
+    (B) 4
+    A:
+    """
+    lettered = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([question, *lettered])

@@ -6,9 +6,11 @@ Nothing is evaluated: a number is a literal, a decimal or one fraction of two li
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
-from rlprior.tasks.problem import Problem, Status, Verdict
+from rlprior.tasks.problem import LETTERS, Problem, Status, Verdict
 
 MAX_READ_CHARACTERS = 2000
 MAX_NUMBER_CHARACTERS = 100
@@ -32,18 +34,22 @@ _WITH_UNIT = re.compile(
     r"(?!.*\b(?:or|and|to|plus|minus|times|over|dozen|hundred|thousand|[mbtr]+illion|half|halves|third|thirds|quarters?)\b)"
     r"[a-zA-Z'-]{2,}(?:\s+[a-zA-Z'-]{2,}){0,2}"
 )
+_CHOICE = re.compile(
+    r"(?:(?:option|choice)\s+)?\(?(?P<letter>[A-Za-z])(?![A-Za-z0-9])[).:]{0,2}(?:\s+(?P<rest>.*))?",
+    re.IGNORECASE | re.ASCII | re.DOTALL,
+)
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _PUNCTUATION = re.compile(r"\s*([^\w\s])\s*")
-_NOISE = re.compile(r"\\left|\\right|\\[!,;: ()\[\]]|\\?[$%]|\*\*")
+_NOISE = re.compile(r"\\left|\\right|\\[!,;: ()\[\]]|\\?[$%]|(?<![\w)])\*\*|\*\*(?![\w(])")
 
 
 def verify(problem: Problem, response: str, *, truncated: bool = False) -> Verdict:
     r"""Compare the final answer of a response with the problem's.
 
     The answer is the last balanced `\boxed{...}`, or else what follows the last "the answer is", or else what follows the
-    last `####`. Numbers are compared as exact fractions, everything else as normalised text. This verifier never times
-    out: `Status.TIMED_OUT` is for verifiers that call an engine.
+    last `####`. Numbers are compared as exact fractions, everything else as normalised text, and of a multiple-choice question the
+    letter. These rules never time out: `Status.TIMED_OUT` and `Status.FAILED` are for verifiers that call an engine.
 
     Args:
         problem: the problem that was posed.
@@ -59,20 +65,60 @@ def verify(problem: Problem, response: str, *, truncated: bool = False) -> Verdi
     >>> verify(problem, " 7+8=15, 3+4", truncated=True)
     Verdict(status=<Status.TRUNCATED: 'truncated'>, extracted=None)
     """
-    extracted = extract_answer(response)
+    choices = problem.choices
+    found = find_answer(response, choices)
     # of a response that was cut, an answer that one more digit would change was not finished
-    if extracted is None or (truncated and extracted != extract_answer(response + "0")):
+    if found is None or (truncated and not _is_finished(response, found, choices)):
         return Verdict(Status.TRUNCATED if truncated else Status.UNPARSABLE, None)
-    correct = extracted == canonical_answer(problem.answer)
-    return Verdict(Status.CORRECT if correct else Status.WRONG, extracted)
+    correct = found.canonical == (problem.answer if choices else canonical_answer(problem.answer))
+    return Verdict(Status.CORRECT if correct else Status.WRONG, found.canonical)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The final answer of a response, as written and in canonical form."""
+
+    text: str
+    canonical: str
+
+
+def find_answer(response: str, choices: Sequence[str] = ()) -> Answer | None:
+    """The final answer of a response, None where it states none: with `choices`, a letter of one of them."""
+    tail = response[-MAX_READ_CHARACTERS:]
+    candidates = [last_boxed(tail), _after_last(_STATED, tail), _after_last(_HASHES, tail)]
+    if choices:
+        candidates.append(response if response == tail else None)
+    for text in candidates:
+        if text is not None and (
+            canonical := chosen_letter(text, choices) if choices else canonical_answer(text)
+        ):
+            return Answer(text, canonical)
+    return None
+
+
+def _is_finished(response: str, found: Answer, choices: Sequence[str]) -> bool:
+    longer = find_answer(response + "0", choices)
+    return longer is not None and longer.canonical == found.canonical
 
 
 def extract_answer(response: str) -> str | None:
     """Canonical form of the final answer of a response, None where it states none."""
-    tail = response[-MAX_READ_CHARACTERS:]
-    candidates = (last_boxed(tail), _after_last(_STATED, tail), _after_last(_HASHES, tail))
-    answers = (canonical_answer(text) for text in candidates if text is not None)
-    return next((answer for answer in answers if answer), None)
+    found = find_answer(response)
+    return found.canonical if found else None
+
+
+def chosen_letter(text: str, choices: Sequence[str]) -> str:
+    r"""The letter that a whole text is, alone or followed by that choice's own words; empty where it is anything else.
+
+    >>> [chosen_letter(text, ["3", "4"]) for text in ("B", " (b). ", r"\text{(B)}", "B. 4", "(B) 3", "A or B", "C", "4")]
+    ['B', 'B', 'B', 'B', '', '', '', '']
+    """
+    match = _CHOICE.fullmatch(_NOISE.sub("", _TEXT_COMMAND.sub(r"\1", text)).strip())
+    place = LETTERS.index(match["letter"].upper()) if match else len(choices)
+    if match is None or place >= len(choices):
+        return ""
+    rest = canonical_answer(match["rest"] or "")
+    return LETTERS[place] if not rest or rest == canonical_answer(choices[place]) else ""
 
 
 def last_boxed(text: str) -> str | None:

@@ -1,0 +1,152 @@
+"""Verifiers of whole batches: by rules alone, by rules and then math-verify, or by a user's reward function."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rlprior.config import RunError
+from rlprior.runs import code_fingerprint, input_identity
+from rlprior.tasks.config import TaskConfig
+from rlprior.tasks.equivalence import is_one_answer, require_math_verify
+from rlprior.tasks.problem import Problem, Status, Verdict
+from rlprior.tasks.verify import find_answer, verify
+from rlprior.tasks.workers import WorkerPool
+
+Response = tuple[Problem, str, bool]
+"""Problem, text that follows its prompt, and whether the length limit cut it."""
+
+
+class Verifier(Protocol):
+    """Grades responses.
+
+    Attributes:
+        version: names what decides a verdict; grades of another version are not comparable.
+    """
+
+    @property
+    def version(self) -> str: ...
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order."""
+        ...
+
+
+class RulesVerifier:
+    """`verify` and nothing else: in this process, and never slow."""
+
+    @property
+    def version(self) -> str:
+        return f"rules-{code_fingerprint(['rlprior.tasks.verify'])}"
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order."""
+        return [verify(problem, text, truncated=truncated) for problem, text, truncated in responses]
+
+
+RULES = RulesVerifier()
+
+
+class MathVerifier:
+    """The rules first; an answer that they find wrong is given to math-verify.
+
+    Responses to a problem whose answers have one canonical form share a verdict, that of the first of them: equal answers are equal votes.
+    An answer that math-verify cannot read stays wrong. A verdict depends on the clock only where the deadline is near.
+    """
+
+    def __init__(self, pool: WorkerPool, *, timeout_seconds: float) -> None:
+        self._pool = pool
+        self._timeout_seconds = timeout_seconds
+
+    @property
+    def version(self) -> str:
+        code = code_fingerprint(["rlprior.tasks"])
+        return f"math-{importlib.metadata.version('math-verify')}-{self._timeout_seconds:g}s-{code}"
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order."""
+        verdicts = RULES.grade(responses)
+        pairs: dict[tuple[str, str | None], list[str]] = {}
+        for (problem, text, _), verdict in zip(responses, verdicts, strict=True):
+            key = (problem.id, verdict.extracted)
+            if verdict.status is not Status.WRONG or problem.choices or key in pairs:
+                continue
+            found = find_answer(text)
+            if found is not None and is_one_answer(found.text):
+                pairs[key] = [problem.written_answer or problem.answer, found.text]
+        results = dict(zip(pairs, self._pool.map(list(pairs.values())), strict=True))
+        return [
+            Verdict(_math_status(results.get((problem.id, verdict.extracted), False)), verdict.extracted)
+            if verdict.status is Status.WRONG
+            else verdict
+            for (problem, _, _), verdict in zip(responses, verdicts, strict=True)
+        ]
+
+
+def _math_status(result: bool | Status) -> Status:
+    if isinstance(result, Status):
+        return result
+    return Status.CORRECT if result else Status.WRONG
+
+
+class RewardVerifier:
+    """A user's `function(prompt, response, answer) -> float`, in worker processes.
+
+    A reward of 1 or more counts as correct, anything less as wrong, or as truncated where the response was cut; no answer is
+    extracted. Without a reward in time (`TIMED_OUT`, `FAILED`) it is 0.
+    """
+
+    def __init__(self, pool: WorkerPool, *, version: str) -> None:
+        self._pool = pool
+        self.version = version
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order.
+
+        Raises:
+            RunError: the function raised, or returned no finite number; with its file and line.
+        """
+        items = [
+            [problem.prompt, text, problem.written_answer or problem.answer] for problem, text, _ in responses
+        ]
+        verdicts: list[Verdict] = []
+        for (problem, _, truncated), result in zip(responses, self._pool.map(items), strict=True):
+            if isinstance(result, Status):
+                verdicts.append(Verdict(result, None, 0.0))
+                continue
+            if "error" in result:
+                raise RunError(f"{result['error']} for problem {problem.id}")
+            missed = Status.TRUNCATED if truncated else Status.WRONG
+            status = Status.CORRECT if result["reward"] >= 1 else missed
+            verdicts.append(Verdict(status, None, result["reward"]))
+        return verdicts
+
+
+@contextlib.contextmanager
+def open_verifier(config: TaskConfig, data_dir: Path | None) -> Iterator[Verifier]:
+    """The verifier of a task; open it once and give it whole batches. Its processes start with the first that needs them.
+
+    Args:
+        config: of the task.
+        data_dir: what the relative path of a reward function is relative to; None for the working directory.
+
+    Raises:
+        UsageError: math-verify is not installed, or there is no such file.
+    """
+    limits = {"num_workers": config.verifier_workers, "timeout_seconds": config.verifier_timeout_seconds}
+    reward = config.reward_function(data_dir)
+    if reward is not None:
+        path, function = reward
+        version = f"{input_identity(path)}:{function}-{config.verifier_timeout_seconds:g}s"
+        arguments = {"path": str(path.resolve()), "function": function}
+        with WorkerPool("rlprior.tasks.reward:load_reward", arguments, **limits) as pool:
+            yield RewardVerifier(pool, version=f"reward-{version}")
+    elif config.verifier == "math":
+        require_math_verify()
+        with WorkerPool("rlprior.tasks.equivalence:load_comparison", {}, **limits) as pool:
+            yield MathVerifier(pool, timeout_seconds=config.verifier_timeout_seconds)
+    else:
+        yield RULES
