@@ -101,11 +101,6 @@ def test_it_draws_from_the_weights_that_were_loaded_last(engine: tuple[RolloutEn
     test_log_probabilities_are_the_policys(engine)
 
 
-def test_a_share_without_prompts_is_fine(engine: tuple[RolloutEngine, Any]) -> None:
-    sampler, _ = engine
-    assert sampler.sample([], samples_per_prompt=2, decoding=DECODING, eos_token_id=EOS, generators=[]) == []
-
-
 def test_without_vllm_one_line_says_what_to_install(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UsageError, match=r"needs vLLM .*pip install 'rlprior\[vllm\]', or write 'builtin'"):

@@ -17,7 +17,7 @@ import pytest
 from rlprior.tasks.problem import Status
 from rlprior.tasks.workers import MAX_GROWTH_BYTES, WorkerPool
 
-FUNCTION = """
+FUNCTION = r"""
 import os, signal, time
 
 def act(prompt, response, answer):
@@ -177,6 +177,7 @@ def start_parent(function: Path) -> Iterator[Callable[..., tuple[subprocess.Pope
         workers = [int(word) for word in parent.stdout.readline().split()]
         busy = {int(parent.stdout.readline()) for _ in workers}
         assert busy == set(workers)
+        assert len(workers) == 2
         return parent, workers
 
     yield start

@@ -41,7 +41,7 @@ class RolloutEngine(Protocol):
         """Responses of each prompt, with the log-probabilities of the distribution that they were drawn from.
 
         Args:
-            prompts: token ids of each.
+            prompts: token ids of each, at least one prompt.
             samples_per_prompt: group size.
             decoding: temperature, nucleus, length.
             eos_token_id: ends a response.
@@ -78,8 +78,6 @@ class BuiltinEngine:
         generators: Sequence[torch.Generator],
     ) -> list[list[Response]]:
         """As `RolloutEngine.sample`."""
-        if not prompts:
-            return []
         device = next(self.model.parameters()).device
         with evaluation_mode(self.model), autocast(device, self.autocast_dtype):
             return sample(
@@ -162,7 +160,7 @@ class VllmEngine:
             for seed in seeds
         ]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        answers = self._engine.generate(requests, params, use_tqdm=False) if requests else []
+        answers = self._engine.generate(requests, params, use_tqdm=False)
         return [[_response(output) for output in answer.outputs] for answer in answers]
 
 

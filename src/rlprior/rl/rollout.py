@@ -137,6 +137,8 @@ def sample_groups(
     verifier: Verifier,
 ) -> list[Group]:
     """Draw and grade `samples_per_prompt` responses of each problem."""
+    if not indices:  # with fewer prompts than processes
+        return []
     batches = engine.sample(
         [prompts.prompt_ids[index] for index in indices],
         samples_per_prompt=config.samples_per_prompt,
