@@ -13,7 +13,12 @@ from torch import nn
 
 from rlprior.models import onednn
 from rlprior.models.causal_lm import build_model
-from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
+from rlprior.models.onednn import (
+    MIN_ROWS_WITHOUT_GRADIENT,
+    is_onednn_faster,
+    multiply_with_onednn,
+    multiplying_with_onednn,
+)
 from rlprior.models.presets import ModelConfig
 
 
@@ -76,9 +81,43 @@ def test_other_dtypes_autocast_and_no_rows_are_left_to_pytorch(monkeypatch: pyte
         assert model(torch.ones(2, 24)).dtype == torch.bfloat16
     assert model(torch.ones(0, 24)).shape == (0, 7)
     with torch.no_grad():
-        model(torch.ones(2, 24))
+        model(torch.ones(MIN_ROWS_WITHOUT_GRADIENT - 1, 24))
     with pytest.raises(NameError):
         model(torch.ones(2, 24))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(50, 24), (40, 1, 24), (2, 20, 24)])
+def test_many_rows_without_gradients_are_multiplied_within_the_context(
+    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda: True)
+    model, inputs = Small(bias), torch.randn(shape)
+    exact = copy.deepcopy(model).double()(inputs.double()).detach()
+    names = list(model.state_dict())
+    with torch.inference_mode(), torch.profiler.profile() as profile, multiplying_with_onednn(model):
+        found = model(inputs)
+        assert list(model.state_dict()) == names
+    calls = sum(one.count for one in profile.key_averages() if one.key == "mkldnn::_linear_pointwise")
+    assert calls == 3  # the head too
+    assert found.shape == exact.shape
+    # sums of some dozen float32 products
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_context_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small(bias=True)
+    multiply_with_onednn(model)
+    patched = model.up.forward
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda: True)
+    with multiplying_with_onednn(model):
+        assert "forward" in vars(model.head)
+    assert model.up.forward is patched
+    assert "forward" not in vars(model.head)
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda: False)
+    with multiplying_with_onednn(model):
+        assert "forward" not in vars(model.head)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -235,6 +235,30 @@ def test_every_token_of_a_large_vocabulary_is_reached() -> None:
     assert tokens.tolist() == chosen.tolist()
 
 
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1000, 4096])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_the_draw_is_that_of_one_cumulative_sum(size: int, temperature: float) -> None:
+    """Sums over blocks invert the same function as float64 sums over all tokens, at its edges too."""
+    logits = torch.randn(200, size, generator=torch_generator(2, "logits")) * 3
+    mass = torch.softmax(logits / temperature, -1).double()
+    until = mass.cumsum(-1)
+    edges = (until[:, ::7] / until[:, -1:]).flatten()[:2000]
+    rows = torch.arange(200).repeat_interleave(len(range(0, size, 7)))[:2000]
+    for u in (uniform(len(rows)), edges, edges - 1e-12, edges + 1e-12):
+        u = u.clamp(0, LARGEST)
+        tokens, log_probs = draw(logits[rows], u, Decoding(temperature=temperature))
+        goal = u * until[rows, -1]
+        drawn_mass, drawn_until = mass[rows, tokens], until[rows, tokens]
+        assert (drawn_mass > 0).all()
+        # float64 sums of 4,096 numbers, in another order
+        assert (goal < drawn_until + 1e-13).all()
+        assert (goal >= drawn_until - drawn_mass - 1e-13).all()
+        exact = torch.log_softmax(logits[rows].double() / temperature, -1)
+        exact = exact.gather(1, tokens[:, None]).squeeze(1)
+        # float32 logits up to 40
+        torch.testing.assert_close(log_probs.double(), exact, atol=1e-5, rtol=1e-6)
+
+
 def test_the_nucleus_by_hand() -> None:
     log_probs = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]]).log()
     kept = keep_nucleus(log_probs, 0.6).exp()

@@ -8,7 +8,9 @@ Shape suffixes: N positions, D inputs, F outputs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +33,7 @@ def is_onednn_faster() -> bool:
 def multiply_with_onednn(model: Any) -> None:
     """Have oneDNN compute the products of every linear layer of a float32 model on a CPU, forward and backward.
 
-    Without gradients, where sampling multiplies a few rows at a time, the layers are as before: setting up costs more there. So they are in
+    Without gradients and with few rows, as at the end of sampling, the layers are as before: setting up costs more there. So they are in
     other dtypes and under autocast. The output head keeps its own: the loss reads its weight. The weights and their names stay as they are.
     """
     head = model.get_output_embeddings()
@@ -40,10 +42,34 @@ def multiply_with_onednn(model: Any) -> None:
             module.forward = functools.partial(_forward, module)
 
 
+@contextlib.contextmanager
+def multiplying_with_onednn(model: Any) -> Iterator[None]:
+    """The same within the context only, the output head included, where `is_onednn_faster`."""
+    layers = [
+        m for m in model.modules() if type(m) is nn.Linear and m.weight.is_cpu and "forward" not in vars(m)
+    ]
+    layers = layers if is_onednn_faster() else []
+    for layer in layers:
+        layer.forward = functools.partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+MIN_ROWS_WITHOUT_GRADIENT = 32
+"""Rows from which oneDNN is faster at nearly all widths: 8 rows of 128 by 128 take 2.8 times as long as MKL's, 32 rows of 128 by 352 0.8 times."""
+
+
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     is_float32 = input.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (torch.is_grad_enabled() and is_float32 and input.is_cpu and input.numel()):
+    if not (is_float32 and input.is_cpu and input.numel()):
         return nn.functional.linear(input, layer.weight, layer.bias)
+    if not torch.is_grad_enabled():
+        if input.numel() < MIN_ROWS_WITHOUT_GRADIENT * layer.in_features:
+            return nn.functional.linear(input, layer.weight, layer.bias)
+        return torch.ops.mkldnn._linear_pointwise(input, layer.weight, layer.bias, "none", [], "")
     flat_ND = input.reshape(-1, layer.in_features)
     apply = cast(Any, _Product).apply
     output_NF: Tensor = apply(flat_ND, layer.weight)

@@ -1,7 +1,7 @@
 """Batched sampling with a key-value cache: prompts prefilled once a group, finished rows dropped as it goes.
 
 The uniform numbers of a prompt's samples come from a generator of its own: what they draw does not depend on the other prompts of the
-batch, rounding apart.
+batch, up to the rounding of products of more or fewer rows. The same call gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlprior.config import RunError
+from rlprior.models.onednn import multiplying_with_onednn
 
 # R rows (samples), P prompts, T positions, V vocabulary, B steps of a block
 
@@ -55,7 +57,6 @@ class Response:
     finish_reason: Literal["stop", "length"]
 
 
-@torch.inference_mode()
 def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -88,6 +89,23 @@ def sample(
         raise ValueError("a prompt is empty; give it at least one token")
     if len(generators) != len(prompts):
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts")
+    with torch.inference_mode(), multiplying_with_onednn(model):
+        drawn = _draw_all(model, prompts, samples_per_prompt, decoding, eos_token_id, generators, progress)
+    return _responses(drawn, len(prompts) * samples_per_prompt, samples_per_prompt, eos_token_id)
+
+
+def _draw_all(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    samples_per_prompt: int,
+    decoding: Decoding,
+    eos_token_id: int,
+    generators: Sequence[torch.Generator],
+    progress: Callable[[int], None] | None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows, their tokens and log-probabilities, of each step."""
+    from rlprior.models.cache import repeat_rows
+
     device = head_device(model)
     num_rows = len(prompts) * samples_per_prompt
     ids_PT, mask_PT = _pad_left(prompts, device)
@@ -98,45 +116,40 @@ def sample(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(samples_per_prompt)
+    cache = repeat_rows(output.past_key_values, samples_per_prompt)
     logits_RV = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)
-    mask_RT = mask_PT.repeat_interleave(samples_per_prompt, 0)
-    position_R = mask_RT.sum(1)
+    mask_R = _decoding_mask(model, mask_PT, samples_per_prompt)
+    position_R = mask_PT.sum(1).repeat_interleave(samples_per_prompt)
     rows = torch.arange(num_rows)
-    drawn = torch.full((num_rows, decoding.max_new_tokens), -1, dtype=torch.long)
-    log_probs = torch.zeros(num_rows, decoding.max_new_tokens)
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     uniform_RB = torch.empty(0)
     for step in range(decoding.max_new_tokens):
         if step % UNIFORM_BLOCK == 0:
             uniform_RB = _uniform_block(generators, samples_per_prompt)
         uniform_R = uniform_RB[rows, step % UNIFORM_BLOCK]
         token_R, log_prob_R = draw(logits_RV, uniform_R.to(device), decoding)
-        drawn[rows, step], log_probs[rows, step] = token_R.cpu(), log_prob_R.cpu()
+        drawn.append((rows, token_R.cpu(), log_prob_R.cpu()))
         if progress:
             progress(len(rows))
-        alive = (token_R != eos_token_id).nonzero().squeeze(1)
-        if step + 1 == decoding.max_new_tokens or len(alive) == 0:
+        alive_R = token_R != eos_token_id
+        num_alive = int(alive_R.sum())
+        if step + 1 == decoding.max_new_tokens or num_alive == 0:
             break
-        if len(alive) < len(rows):
-            cache.batch_select_indices(alive)
-            token_R, mask_RT, position_R = token_R[alive], mask_RT[alive], position_R[alive]
-            rows = rows[alive.cpu()]
-        mask_RT = torch.cat([mask_RT, mask_RT.new_ones(len(rows), 1)], 1)
+        if num_alive < len(rows):
+            kept = _fill_gaps(alive_R)
+            cache.batch_select_indices(kept)
+            token_R, position_R, rows = token_R[kept], position_R[kept], rows[kept.cpu()]
+            mask_R = None if mask_R is None else mask_R[kept]
         output = model(
             input_ids=token_R[:, None],
-            attention_mask=mask_RT,
+            # all tokens drawn are seen
+            attention_mask=None if mask_R is None else pad(mask_R, (0, step + 1), value=1),
             position_ids=position_R[:, None],
             past_key_values=cache,
             use_cache=True,
         )
         logits_RV, position_R = output.logits[:, -1], position_R + 1
-    if log_probs.isnan().any():
-        raise RunError(
-            "sampling: the model's logits are not numbers; its weights have diverged or are damaged"
-        )
-    responses = [_response(drawn[row], log_probs[row], eos_token_id) for row in range(num_rows)]
-    return [responses[i : i + samples_per_prompt] for i in range(0, num_rows, samples_per_prompt)]
+    return drawn
 
 
 def _uniform_block(generators: Sequence[torch.Generator], samples_per_prompt: int) -> Tensor:
@@ -156,9 +169,28 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids_PT.to(device), mask_PT.to(device)
 
 
+def _decoding_mask(model: Any, mask_PT: Tensor, samples_per_prompt: int) -> Tensor | None:
+    """Which columns of the prompt each row sees; None where no prompt is padded.
+
+    [R, 1, 1, T] where the model hands it to `scaled_dot_product_attention` as it is, which saves a tenth of a step of few rows; [R, T]
+    where it makes its own mask of it (a sliding window, distances counted in it).
+    """
+    if mask_PT.all():
+        return None
+    mask_RT = mask_PT.bool().repeat_interleave(samples_per_prompt, 0)
+    config = getattr(model, "config", None)
+    has_one_kind = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
+    takes_ready = has_one_kind and getattr(config, "_attn_implementation", None) == "sdpa"
+    return mask_RT[:, None, None] if takes_ready else mask_RT
+
+
 def head_device(model: Any) -> torch.device:
     """Device of the model's parameters."""
     return next(model.parameters()).device
+
+
+BLOCK_TOKENS = 32
+"""Tokens whose probabilities are summed first: cumulative sums are then taken over V / 32 blocks, and inside one of them."""
 
 
 def draw(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
@@ -172,16 +204,42 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Tens
     Returns:
         token [R] and its log-probability [R] under the distribution drawn from.
     """
-    log_probs_RV = torch.log_softmax(logits_RV.float() / decoding.temperature, -1)
+    logits_RV = logits_RV.float()
+    if decoding.temperature != 1:
+        logits_RV = logits_RV / decoding.temperature
     if decoding.top_p < 1:
-        log_probs_RV = keep_nucleus(log_probs_RV, decoding.top_p)
-    cumulative_RV = log_probs_RV.double().exp_().cumsum(-1)
-    total_R1 = cumulative_RV[:, -1:].contiguous()
-    token_R1 = torch.searchsorted(cumulative_RV, uniform_R[:, None] * total_R1, right=True)
-    # u is at most 1 - 2^-53, and its product with the total then rounds to less than the total: the token found has mass; but
-    # not-a-number is past every sum; the last token then carries it to the caller
-    token_R1 = token_R1.clamp_max(logits_RV.shape[-1] - 1)
-    return token_R1.squeeze(1), log_probs_RV.gather(1, token_R1).squeeze(1)
+        logits_RV = keep_nucleus(torch.log_softmax(logits_RV, -1), decoding.top_p)
+    mass_RV = torch.softmax(logits_RV, -1)
+    largest_R1 = mass_RV.amax(-1, keepdim=True)
+    token_R1 = _invert(mass_RV, uniform_R[:, None])
+    # by the most probable token, whose probability never underflows
+    log_prob_R1 = logits_RV.gather(1, token_R1) - logits_RV.amax(-1, keepdim=True) + largest_R1.log()
+    return token_R1.squeeze(1), log_prob_R1.squeeze(1)
+
+
+def _invert(mass_RV: Tensor, uniform_R1: Tensor) -> Tensor:
+    """The first token [R, 1] whose cumulative mass, in float64, exceeds `uniform` times the whole."""
+    num_rows, size = mass_RV.shape
+    if size % BLOCK_TOKENS:
+        mass_RV = pad(mass_RV, (0, -size % BLOCK_TOKENS))
+    mass_RBN = mass_RV.double().view(num_rows, -1, BLOCK_TOKENS)
+    until_RB = mass_RBN.sum(-1).cumsum(-1)
+    goal_R1 = uniform_R1 * until_RB[:, -1:]
+    block_R1 = _first_above(until_RB, goal_R1)
+    before_R1 = torch.where(block_R1 > 0, until_RB.gather(1, (block_R1 - 1).clamp_min(0)), 0.0)
+    inside_RN = mass_RBN[torch.arange(num_rows, device=mass_RV.device), block_R1.squeeze(1)].cumsum(-1)
+    # sums in another order: what the block holds may round to less than what is left of the goal
+    left_R1 = torch.minimum(
+        goal_R1 - before_R1, torch.nextafter(inside_RN[:, -1:], torch.zeros_like(goal_R1))
+    )
+    place_R1 = _first_above(inside_RN, left_R1)
+    return (block_R1 * BLOCK_TOKENS + place_R1).clamp_max(size - 1)
+
+
+def _first_above(cumulative_RN: Tensor, goal_R1: Tensor) -> Tensor:
+    """Place [R, 1] of the first sum above the goal, the last place where the goal is not a number."""
+    place_R1 = torch.searchsorted(cumulative_RN, goal_R1.contiguous(), right=True)
+    return place_R1.clamp_max(cumulative_RN.shape[-1] - 1)
 
 
 def keep_nucleus(log_probs_RV: Tensor, top_p: float) -> Tensor:
@@ -193,7 +251,31 @@ def keep_nucleus(log_probs_RV: Tensor, top_p: float) -> Tensor:
     return torch.log_softmax(kept_RV, -1)
 
 
-def _response(tokens: Tensor, log_probs: Tensor, eos_token_id: int) -> Response:
-    token_ids = [token for token in tokens.tolist() if token >= 0]
-    stopped = token_ids[-1] == eos_token_id
-    return Response(token_ids, log_probs[: len(token_ids)].tolist(), "stop" if stopped else "length")
+def _responses(
+    drawn: Sequence[tuple[Tensor, Tensor, Tensor]], num_rows: int, samples_per_prompt: int, eos_token_id: int
+) -> list[list[Response]]:
+    """Groups of responses, from the rows, tokens and log-probabilities of each step."""
+    rows, tokens, log_probs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    if log_probs.isnan().any():
+        raise RunError(
+            "sampling: the model's logits are not numbers; its weights have diverged or are damaged"
+        )
+    order = torch.sort(rows, stable=True).indices
+    lengths = torch.bincount(rows, minlength=num_rows).tolist()
+    responses = [
+        Response(ids.tolist(), values.tolist(), "stop" if ids[-1] == eos_token_id else "length")
+        for ids, values in zip(tokens[order].split(lengths), log_probs[order].split(lengths), strict=True)
+    ]
+    return [responses[i : i + samples_per_prompt] for i in range(0, num_rows, samples_per_prompt)]
+
+
+def _fill_gaps(alive_R: Tensor) -> Tensor:
+    """Indices of the rows alive, in which each row is where it was or, from behind, in the place of one that has ended.
+
+    >>> _fill_gaps(torch.tensor([True, False, True, False, True])).tolist()
+    [0, 4, 2]
+    """
+    num_alive = int(alive_R.sum())
+    kept = torch.arange(num_alive, device=alive_R.device)
+    kept[~alive_R[:num_alive]] = num_alive + alive_R[num_alive:].nonzero().squeeze(1)
+    return kept
