@@ -11,8 +11,8 @@ addition and subtraction problems) in one batch, at temperature 1 from the whole
 
 Contenders: `rlprior`, with oneDNN in its linear layers where `is_onednn_faster`; `generate` with its default cache; with its static
 cache; with its default cache and the same linear layers as `rlprior`. None is compiled. Seconds are those of the process on its one thread,
-because other programs may share the machine; wall-clock seconds are beside them. Tokens are counted up to the end of each response, and a ratio
-is that of two neighbours. After one short call each to warm up.
+because other programs may share the machine; wall-clock seconds are beside them. Tokens are counted up to the end of each response; a ratio
+is of all tokens over all seconds, and of neighbours for its spread. Each contender first makes one short call to warm up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -96,41 +95,42 @@ def _compare(preset: str, lengths: str, num_rows: int, arguments: argparse.Names
     for number in range(arguments.rounds * min(4, max(1, 128 // num_rows))):
         for name in CONTENDERS if number % 2 else reversed(CONTENDERS):
             found[name].append(_measure(name, model, tokenizer, prompts, limit, seed=number))
+    speeds = {name: _pooled_speed(found[name]) for name in CONTENDERS}
     ratios = {
-        name: _spread(
-            [
-                ours["tokens"] / ours["cpu_seconds"] / (theirs["tokens"] / theirs["cpu_seconds"])
+        name: {
+            "of_all_rounds": speeds["rlprior"] / speeds[name],
+            "of_each_round": [
+                _pooled_speed([ours]) / _pooled_speed([theirs])
                 for ours, theirs in zip(found["rlprior"], found[name], strict=True)
-            ]
-        )
+            ],
+        }
         for name in CONTENDERS[1:]
     }
-    speeds = {
-        name: statistics.median(one["tokens"] / one["cpu_seconds"] for one in found[name])
-        for name in CONTENDERS
-    }
-    print(f"{preset}, {lengths}, {num_rows} rows: {speeds['rlprior']:,.0f} tokens/s", end="")
+    tokens = sum(one["tokens"] for name in CONTENDERS for one in found[name])
+    mean_tokens = tokens / num_rows / sum(map(len, found.values()))
+    print(
+        f"{preset}, {lengths} (mean {mean_tokens:.0f}), {num_rows} rows: {speeds['rlprior']:,.0f} tokens/s",
+        end="",
+    )
     for name, ratio in ratios.items():
-        print(f"; {ratio['median']:.2f}x of {name} ({ratio['lowest']:.2f}-{ratio['highest']:.2f})", end="")
+        each = ratio["of_each_round"]
+        print(f"; {ratio['of_all_rounds']:.2f}x of {name} ({min(each):.2f}-{max(each):.2f})", end="")
     print(flush=True)
     return {
         "preset": preset,
         "lengths": lengths,
         "num_rows": num_rows,
         "max_new_tokens": limit,
-        "median_tokens_per_second": speeds,
+        "mean_response_tokens": mean_tokens,
+        "tokens_per_second": speeds,
         "speed_ratio": ratios,
         "measurements": found,
     }
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "lowest": min(values),
-        "median": statistics.median(values),
-        "highest": max(values),
-        "of_each_round": values,
-    }
+def _pooled_speed(measurements: list[dict[str, float]]) -> float:
+    """All tokens over all their seconds: long and short responses of few rows even out."""
+    return sum(one["tokens"] for one in measurements) / sum(one["cpu_seconds"] for one in measurements)
 
 
 def _set_up(preset: str, num_prompts: int) -> tuple[Any, Any, list[list[int]]]:
@@ -147,7 +147,7 @@ def _set_up(preset: str, num_prompts: int) -> tuple[Any, Any, list[list[int]]]:
         families=["addition", "subtraction"], difficulties=[2, 3], num_problems=2000, split="train", seed=0
     )
     texts = [text for text, _ in itertools.islice(read_english(), 200)]
-    tokenizer = train_tokenizer([*texts, *(problem.text for problem in problems)], vocab_size=1024)
+    tokenizer: Any = train_tokenizer([*texts, *(problem.text for problem in problems)], vocab_size=1024)
     prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems[:num_prompts]]
     config = ModelConfig(preset=preset, initializer_range=0.09)  # the demo's
     model: Any = build_model(config, tokenizer, max_positions=512, seed=0).eval()

@@ -77,11 +77,11 @@ def _enlarge(old_RHTD: Tensor, num_rows: int, capacity: int) -> Tensor:
 
 
 def repeat_rows(cache: Cache, repeats: int) -> Cache:
-    """The cache with each row `repeats` times side by side, in roomy layers; those of another kind (a sliding window) stay theirs."""
-    layer: Any
-    for place, layer in enumerate(cache.layers):
+    """The cache with each row `repeats` times side by side, in roomy layers; layers of another kind (a sliding window) stay theirs."""
+    layers: list[Any] = cache.layers
+    for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[place] = RoomyLayer(layer, repeats)
+            layers[place] = RoomyLayer(layer, repeats)
         else:
             layer.batch_repeat_interleave(repeats)
     return cache
