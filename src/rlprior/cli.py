@@ -50,6 +50,13 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "reinforcement learning with verifiable rewards, from a Hugging Face folder",
         ["rlprior rl rl.toml --init-from runs/ce/checkpoints/step-00000400 --out runs/ce-rl"],
     ),
+    "export-rl": (
+        "the same reinforcement learning for a distributed engine: model, prompts, reward and configuration in one folder",
+        [
+            "rlprior export-rl rl.toml --init-from runs/ce/checkpoints/step-00000400 --engine verl --out verl-run",
+            "rlprior export-rl rl.toml --init-from MODEL --out verl-run --validation-file test.jsonl",
+        ],
+    ),
     "evaluate": (
         "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
         ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
@@ -162,6 +169,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "file", type=Path, metavar="FILE.toml", help="data, model and training settings"
     )
     parsers["rl"].add_argument("file", type=Path, metavar="FILE.toml", help="task and RL settings")
+    _add_export_arguments(parsers["export-rl"])
     parsers["evaluate"].add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     parsers["evaluate"].add_argument(
         "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
@@ -175,7 +183,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
     parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
     plan_command.add_arguments(parsers["plan"])
-    for name in ("train", "rl"):
+    for name in ("train", "rl", "export-rl"):
         parsers[name].add_argument("--init-from", metavar="MODEL", help="Hugging Face folder to start from")
     for name in ("demo", "study"):
         parsers[name].add_argument(
@@ -210,6 +218,24 @@ def _build_parser() -> argparse.ArgumentParser:
             "--dry-run", action="store_true", help="print the plan and what it costs, and stop"
         )
     return parser
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.toml", help="settings of `rlprior rl`")
+    parser.add_argument(
+        "--engine", choices=("verl",), default="verl", help="verl 0.9, the only one (default)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that relative paths of data start from")
+    parser.add_argument(
+        "--validation-problems", type=int, default=128, metavar="N", help="held-out problems (default: 128)"
+    )
+    parser.add_argument(
+        "--validation-file",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="take them from here; a task of kind 'file' needs it",
+    )
 
 
 def _load(config_type: Any, path: Path, known: argparse.Namespace, overrides: list[str]) -> Any:
@@ -295,6 +321,19 @@ def _run_rl(known: argparse.Namespace, overrides: list[str]) -> int:
     }
     run = plan_run("rl", config, label=f"rl {out.name}", directory=out, inputs=inputs)
     return _run_alone([run], known)
+
+
+def _run_export_rl(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.rl.export import HeldOut, export_to_verl
+    from rlprior.rl.loop import RLRunConfig
+
+    config = _load(RLRunConfig, known.file, known, overrides)
+    held_out = HeldOut(num_problems=known.validation_problems, path=known.validation_file)
+    export = export_to_verl(config, known.out.resolve(), held_out=held_out, source=known.file.name)
+    for caution in export.cautions:
+        print(f"rlprior: warning: {caution}", file=sys.stderr)
+    print(f"{export.summary}\nhow to run it and what differs: {export.directory / 'README.md'}")
+    return 0
 
 
 def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -401,6 +440,7 @@ _RUN = {
     "study": _run_study,
     "train": _run_train,
     "rl": _run_rl,
+    "export-rl": _run_export_rl,
     "evaluate": _run_evaluate,
     "watch": _run_watch,
     "plan": plan_command.run,
