@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 from tests.rl.verl_cases import load_schema, run_config, strangers, written_options
 
-from rlprior.config import UsageError
-from rlprior.rl.config import LengthPhase, RLConfig
+from rlprior.config import HOW, UsageError
+from rlprior.rl.config import LengthPhase, RLConfig, RolloutConfig
 from rlprior.rl.export import render_configuration
 from rlprior.rl.loop import RLRunConfig
 from rlprior.rl.verl_settings import Prompts, check_exportable, counterparts, phases_of, verl_options
 from rlprior.tasks.problem import Problem
+from rlprior.training.engine import EngineConfig
 from rlprior.training.update import OptimizerConfig
 
 PROMPTS = Prompts(num_training=100, num_validation=10, max_tokens=12)
@@ -25,6 +27,13 @@ PROMPTS = Prompts(num_training=100, num_validation=10, max_tokens=12)
         {},
         {"length_schedule": (LengthPhase(max_new_tokens=16384),), "num_steps": 1000, "eval_every": 100},
         {"dynamic_sampling": "off", "old_log_probs": "sampler", "warmup_steps": 5},
+        {"loss_aggregation": "grpo", "importance_cap": 2.0, "entropy_bonus": 0.01, "precision": "bfloat16"},
+        {"loss_aggregation": "dr_grpo", "scale_rewards": "none", "importance_cap": math.inf},
+        {
+            "rollout": RolloutConfig(engine="vllm", gpu_memory_utilization=0.4),
+            "old_log_probs": "sampler",
+            "engine": EngineConfig(compile=True),
+        },
         {"optimizer": OptimizerConfig(weight_decay=0.1, beta2=0.99, epsilon=1e-6), "learning_rate": 1e-3},
     ],
 )
@@ -94,12 +103,20 @@ def test_options_hold_the_settings() -> None:
     assert {name: options[name] for name in expected} == expected
 
 
-def test_every_setting_has_a_counterpart() -> None:
+REFUSED = {"rl.signal", "rl.mask_truncated"}
+"""Settings that verl has nothing for: only their defaults are exported."""
+
+
+def test_every_setting_has_a_counterpart_or_is_refused() -> None:
     """A setting added to the loop has to be thought of here, or the export would silently run something else."""
     known = set(counterparts(run_config(), LengthPhase(until_step=1, max_new_tokens=1), PROMPTS))
-    settings = {f"rl.{option.name}" for option in dataclasses.fields(RLConfig)} - {"rl.optimizer"}
+    settings = {f"rl.{option.name}" for option in dataclasses.fields(RLConfig)} - {
+        "rl.optimizer",
+        "rl.rollout",
+    }
     settings |= {f"rl.optimizer.{option.name}" for option in dataclasses.fields(OptimizerConfig)}
-    assert known == settings | {"seed"}
+    settings |= {f"rl.rollout.{option.name}" for option in dataclasses.fields(RolloutConfig)}
+    assert known == (settings | {"seed"}) - REFUSED
     # and so has a field of a problem that graders may read: the reward knows the answer and nothing else
     assert {option.name for option in dataclasses.fields(Problem)} == {
         "id",
@@ -116,12 +133,14 @@ class NovelConfig(RLConfig):
     """Settings of a later day."""
 
     novelty: float = 0.0
+    pace: int = dataclasses.field(default=1, metadata=HOW)
 
 
 def test_a_setting_without_counterpart_is_refused_unless_it_is_at_its_default() -> None:
     rl = run_config().rl
     settings = {option.name: getattr(rl, option.name) for option in dataclasses.fields(rl)}
-    check_exportable(RLRunConfig(rl=NovelConfig(**settings), init_from="policy"), num_training=30)
+    # speed and memory are verl's own affair
+    check_exportable(RLRunConfig(rl=NovelConfig(**settings, pace=2), init_from="policy"), num_training=30)
     with pytest.raises(UsageError, match=r"rl\.novelty = 0\.5 has no counterpart in verl 0\.9; leave it out"):
         check_exportable(
             RLRunConfig(rl=NovelConfig(**settings, novelty=0.5), init_from="policy"), num_training=30
@@ -129,6 +148,14 @@ def test_a_setting_without_counterpart_is_refused_unless_it_is_at_its_default() 
 
 
 def test_what_verl_cannot_do_is_refused() -> None:
+    for name, value in (("signal", "negative"), ("mask_truncated", True)):
+        assert f"rl.{name}" in REFUSED
+        with pytest.raises(
+            UsageError, match=rf"rl\.{name} = {value!r} has no counterpart in verl 0\.9; leave it out"
+        ):
+            check_exportable(run_config(**{name: value}), num_training=30)
+    with pytest.raises(UsageError, match=r"rl\.precision = 'float32': verl computes in bfloat16"):
+        check_exportable(run_config(precision="float32"), num_training=30)
     with pytest.raises(UsageError, match=r"dynamic_sampling = 'drop'.*write 'refill' or 'off'"):
         check_exportable(run_config(dynamic_sampling="drop"), num_training=30)
     with pytest.raises(UsageError, match="prompts_per_step = 31, but there are 30 training problems"):
@@ -155,3 +182,18 @@ def test_verl_makes_enough_passes_for_all_steps(num_training: int) -> None:
     options = verl_options(config, phases_of(config.rl)[-1], prompts, experiment="run")
     # verl stops before step s where (s - 1) // (problems // batch) reaches total_epochs
     assert (10 - 1) // (num_training // 4) < options["trainer.total_epochs"]
+
+
+def test_the_loss_of_each_phase() -> None:
+    """Dr. GRPO divides by the longest response allowed, which is another one in each phase."""
+    config = run_config(
+        loss_aggregation="dr_grpo", scale_rewards="none", importance_cap=3.0, entropy_bonus=0.1
+    )
+    first, second = (verl_options(config, phase, PROMPTS, experiment="run") for phase in phases_of(config.rl))
+    actor = "actor_rollout_ref.actor"
+    assert first[f"{actor}.loss_agg_mode"] == second[f"{actor}.loss_agg_mode"] == "seq-mean-token-sum-norm"
+    assert (first[f"{actor}.loss_scale_factor"], second[f"{actor}.loss_scale_factor"]) == (8, 16)
+    assert first["algorithm.norm_adv_by_std_in_grpo"] is False
+    assert first["algorithm.rollout_correction.rollout_is"] == "token"
+    assert first["algorithm.rollout_correction.rollout_is_threshold"] == 3.0
+    assert first[f"{actor}.entropy_coeff"] == 0.1

@@ -18,7 +18,7 @@ from typing import Any
 from rlprior.config import UsageError, encode
 from rlprior.data.tokenizer import encode_prompt, first_token_id
 from rlprior.models.causal_lm import load_model, load_tokenizer, save_model
-from rlprior.rl.config import LengthPhase
+from rlprior.rl.config import LengthPhase, RLConfig
 from rlprior.rl.loop import RLRunConfig
 from rlprior.rl.verl_reward import reward_source
 from rlprior.rl.verl_settings import (
@@ -295,23 +295,44 @@ def _readme(
         commands="\n".join(commands),
         settings=_settings_table(config, phases, prompts),
         clip_range=f"[{1 - rl.clip_low:g}, {1 + rl.clip_high:g}]",
-        refills=_REFILLS[rl.dynamic_sampling],
-        old_log_probs=_OLD_LOG_PROBS[rl.old_log_probs],
+        loss_aggregation=rl.loss_aggregation,
+        differences="\n".join(f"- {difference}" for difference in _differences(rl)),
         caution="".join(f"\n\n{caution[0].upper()}{caution[1:]}." for caution in cautions),
     )
 
 
-_REFILLS = {
-    "refill": "Ours draws as many new prompts as groups are missing, at most `max_refills` times, and then trains on the groups it has. "
-    "verl draws two new prompts for each group it drops until the batch is full, however long that takes (the trainer ignores "
-    "`max_num_gen_batches`), and throws surplus groups away: on problems that the policy always or never solves, a step does not end.",
-    "off": "None on either side: groups of equal rewards stay in the batch, with advantage 0.",
-}
-_OLD_LOG_PROBS = {
-    "trainer": "both compute them anew with the training forward, which makes the ratio 1; verl does it before the update, in a pass "
-    "of its own.",
-    "sampler": "both take the sampler's. vLLM's differ more from the trainer's than those of our sampler, so clipping acts more often.",
-}
+def _differences(rl: RLConfig) -> list[str]:
+    """Where verl does something else with these settings."""
+    found: list[str] = []
+    if rl.dynamic_sampling == "refill":
+        found.append(
+            "Dynamic sampling. Ours draws as many new prompts as groups are missing, at most `max_refills` times, and then trains on the "
+            "groups it has. verl draws two new prompts for each group it drops until the batch is full, however long that takes (its "
+            "trainer ignores `max_num_gen_batches`), and throws surplus groups away: on problems that the policy always or never solves, "
+            "a step does not end."
+        )
+    found.append(
+        "A response cut at the length limit is graded as it stands. Ours counts it as wrong where one more digit would change its answer."
+    )
+    if rl.scale_rewards == "group":
+        found.append("Advantages are divided by `std + 1e-6`, ours by `std + 1e-4`.")
+    found.append(
+        "Precision: verl keeps weights and moments in float32 and computes in bfloat16; vLLM samples in bfloat16."
+    )
+    if rl.old_log_probs == "trainer":
+        found.append(
+            "Old log-probabilities: both compute them anew, which makes the ratio 1; verl in a pass of its own before the update."
+        )
+        if rl.importance_cap is None:
+            found.append(
+                "vLLM draws with other probabilities than the trainer's, and nothing corrects for it: write `importance_cap = 2.0` under "
+                "`[rl]` and export again, unless that is what you want."
+            )
+    found += [
+        "Order of prompts, and all samples: verl's own generators. A step is not reproduced, only the algorithm.",
+        "Validation: one sample a problem at the rollout's temperature. Ours is a stage of its own, `rlprior evaluate`.",
+    ]
+    return found
 
 
 def _settings_table(config: RLRunConfig, phases: Sequence[LengthPhase], prompts: Prompts) -> str:

@@ -26,19 +26,15 @@ MIN_TOKENS_PER_GPU = 16384
 
 FIXED: dict[str, Any] = {
     "algorithm.adv_estimator": "grpo",
-    "algorithm.norm_adv_by_std_in_grpo": True,
     "algorithm.use_kl_in_reward": False,
     f"{ACTOR}.use_kl_loss": False,
-    f"{ACTOR}.loss_agg_mode": "token-mean",
     f"{ACTOR}.clip_ratio_c": NO_DUAL_CLIP,
-    f"{ACTOR}.entropy_coeff": 0.0,
     f"{ACTOR}.calculate_entropy": True,
     f"{ACTOR}.ppo_epochs": 1,
     f"{ACTOR}.shuffle": False,
     f"{ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
     f"{ACTOR}.optim.lr_scheduler_type": "constant",
     "actor_rollout_ref.model.path": "${export_dir}/model",
-    f"{ROLLOUT}.name": "vllm",
     f"{ROLLOUT}.top_p": 1.0,
     f"{ROLLOUT}.top_k": -1,
     f"{ROLLOUT}.calculate_log_probs": True,
@@ -61,6 +57,12 @@ FIXED: dict[str, Any] = {
     "trainer.resume_mode": "auto",
 }
 """What no setting of ours decides."""
+
+LOSS_AGGREGATIONS = {
+    "dapo": "token-mean",
+    "grpo": "seq-mean-token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
 
 _TASK_SETTINGS = tuple(f"rl.task.{name}" for name in ("kind", "families", "difficulties", "path", "limit"))
 """What decides which problems there are: the parquet files hold them."""
@@ -106,6 +108,10 @@ def check_exportable(config: RLRunConfig, *, num_training: int) -> None:
         raise UsageError(
             "rl.dynamic_sampling = 'drop': verl replaces the groups it drops, or drops none; write 'refill' or 'off'"
         )
+    if rl.precision == "float32":
+        raise UsageError(
+            "rl.precision = 'float32': verl computes in bfloat16, with weights in float32; write 'bfloat16' or leave it out"
+        )
     if rl.prompts_per_step > num_training:
         raise UsageError(
             f"rl.prompts_per_step = {rl.prompts_per_step}, but there are {num_training} training problems and verl takes a batch "
@@ -117,13 +123,18 @@ def check_exportable(config: RLRunConfig, *, num_training: int) -> None:
     for section, given, usual in (
         ("rl", rl, default),
         ("rl.optimizer", rl.optimizer, default.optimizer),
+        ("rl.rollout", rl.rollout, default.rollout),
         ("rl.task", rl.task, type(rl.task)(kind=rl.task.kind, path=rl.task.path)),
     ):
         for option in dataclasses.fields(given):
             name, value = f"{section}.{option.name}", getattr(given, option.name)
-            if name in known or dataclasses.is_dataclass(value) or value == getattr(usual, option.name):
+            # what says how, and not what is computed, is verl's own affair; sections have a turn of their own
+            if name in known or "how" in option.metadata or dataclasses.is_dataclass(value):
                 continue
-            raise UsageError(f"{name} = {value!r} has no counterpart in verl {VERL_VERSION}; leave it out")
+            if value != getattr(usual, option.name):
+                raise UsageError(
+                    f"{name} = {value!r} has no counterpart in verl {VERL_VERSION}; leave it out"
+                )
 
 
 def counterparts(config: RLRunConfig, phase: LengthPhase, prompts: Prompts) -> dict[str, Counterpart]:
@@ -132,7 +143,8 @@ def counterparts(config: RLRunConfig, phase: LengthPhase, prompts: Prompts) -> d
     return {
         **_data(config, prompts),
         **_sampling(rl, phase, prompts),
-        **_update(rl),
+        **_loss(rl, phase),
+        **_optimizer(rl),
         **_bookkeeping(rl, phase, prompts),
     }
 
@@ -186,22 +198,59 @@ def _sampling(rl: RLConfig, phase: LengthPhase, prompts: Prompts) -> dict[str, C
         "rl.max_refills": Counterpart(
             remark="none: verl goes on until the batch is full" if is_filtered else "nothing is refilled"
         ),
+        "rl.rollout.engine": Counterpart({f"{ROLLOUT}.name": "vllm"}, "vLLM in any case"),
+        "rl.rollout.gpu_memory_utilization": Counterpart(
+            {f"{ROLLOUT}.gpu_memory_utilization": rl.rollout.gpu_memory_utilization}
+            if rl.rollout.engine == "vllm"
+            else {},
+            "" if rl.rollout.engine == "vllm" else "verl's own default",
+        ),
+        "rl.precision": Counterpart(remark="verl computes in bfloat16"),
+        "rl.engine": Counterpart(
+            remark="how the policy lies on the devices is said to verl on its command line"
+        ),
         "rl.micro_batch_rows": Counterpart(
             {f"{ACTOR}.use_dynamic_bsz": True}, "tokens of a forward pass, not rows; memory only"
         ),
     }
 
 
-def _update(rl: RLConfig) -> dict[str, Counterpart]:
-    optim = f"{ACTOR}.optim"
+def _loss(rl: RLConfig, phase: LengthPhase) -> dict[str, Counterpart]:
+    correction = "algorithm.rollout_correction"
+    is_weighted = rl.importance_cap is not None
     return {
-        "rl.old_log_probs": Counterpart(
-            {"algorithm.rollout_correction.bypass_mode": rl.old_log_probs == "sampler"},
+        "rl.old_log_probs": Counterpart({f"{correction}.bypass_mode": rl.old_log_probs == "sampler"}),
+        "rl.importance_cap": Counterpart(
+            {
+                f"{correction}.rollout_is": "token" if is_weighted else None,
+                **({f"{correction}.rollout_is_threshold": rl.importance_cap} if is_weighted else {}),
+            }
         ),
         "rl.clip_low": Counterpart(
             {f"{ACTOR}.clip_ratio_low": rl.clip_low, f"{ACTOR}.clip_ratio": rl.clip_low}
         ),
         "rl.clip_high": Counterpart({f"{ACTOR}.clip_ratio_high": rl.clip_high}),
+        "rl.loss_aggregation": Counterpart(
+            {
+                f"{ACTOR}.loss_agg_mode": LOSS_AGGREGATIONS[rl.loss_aggregation],
+                f"{ACTOR}.loss_scale_factor": phase.max_new_tokens
+                if rl.loss_aggregation == "dr_grpo"
+                else None,
+            }
+        ),
+        "rl.scale_rewards": Counterpart({"algorithm.norm_adv_by_std_in_grpo": rl.scale_rewards == "group"}),
+        "rl.entropy_bonus": Counterpart(
+            {f"{ACTOR}.entropy_coeff": rl.entropy_bonus},
+            "verl averages entropy as it averages the loss, ours over tokens"
+            if rl.entropy_bonus and rl.loss_aggregation != "dapo"
+            else "",
+        ),
+    }
+
+
+def _optimizer(rl: RLConfig) -> dict[str, Counterpart]:
+    optim = f"{ACTOR}.optim"
+    return {
         "rl.learning_rate": Counterpart({f"{optim}.lr": rl.learning_rate}),
         "rl.warmup_steps": Counterpart(
             {f"{optim}.lr_warmup_steps": rl.warmup_steps},
