@@ -31,6 +31,7 @@ from rlprior.rl.export import (
     rendered_prompt,
     template_prompts,
 )
+from rlprior.rl.verl_reward import compute_score
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.synthetic import SPACES, generate_problems, split_of
@@ -85,7 +86,13 @@ def test_train_and_validation_files_hold_the_problems_of_the_run(policy: Path, e
             "prompt": [{"role": "user", "content": problem.prompt}],
             "ability": "verifiable",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
-            "extra_info": {"index": index, "split": "train", "id": problem.id, "difficulty": 1},
+            "extra_info": {
+                "index": index,
+                "split": "train",
+                "id": problem.id,
+                "difficulty": 1,
+                "choices": [],
+            },
         }
         for index, problem in enumerate(problems)
     ]
@@ -304,6 +311,20 @@ def test_problems_of_a_file_need_another_file_to_validate_on(policy: Path, tmp_p
     assert [
         row["reward_model"]["ground_truth"] for row in rows_of(tmp_path / "run" / "validation.parquet")
     ] == [str(n) for n in range(20, 27)]
+
+
+def test_multiple_choice_keeps_its_choices(policy: Path, tmp_path: Path) -> None:
+    records = [{"question": f"{n}?", "choices": ["no", str(n)], "answer": "B"} for n in range(12)]
+    for name, part in (("train.jsonl", records[:8]), ("test.jsonl", records[8:])):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in part))
+    config = run_config(policy, task=TaskConfig(kind="file", path=str(tmp_path / "train.jsonl")))
+    held_out = HeldOut(num_problems=20, path=tmp_path / "test.jsonl")
+    rows = rows_of(export_to_verl(config, tmp_path / "run", held_out=held_out).directory / "train.parquet")
+    assert rows[3]["extra_info"]["choices"] == ["no", "3"]
+    row = rows[3]["extra_info"], rows[3]["reward_model"]["ground_truth"]
+    assert [
+        compute_score("t", text, row[1], row[0])["score"] for text in ("#### B", "#### (b) 3", "#### 3")
+    ] == [1, 1, 0]
 
 
 def test_mistakes_are_one_line_each(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import random
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.tasks.test_verify import TABLE
+from tests.tasks.test_verify import CHOICE_TABLE, CHOICES, TABLE, problem
 
 from rlprior.rl.verl_reward import reward_source
 from rlprior.tasks.problem import Problem, Status
@@ -32,15 +33,16 @@ spec = importlib.util.spec_from_file_location("custom_module_1", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 for line in sys.stdin:
-    gold, response = json.loads(line)
-    print(json.dumps(module.compute_score(data_source="t", solution_str=response, ground_truth=gold, extra_info={})))
+    gold, choices, response = json.loads(line)
+    row = {"index": 0, "choices": choices, "num_turns": 2}
+    print(json.dumps(module.compute_score(data_source="t", solution_str=response, ground_truth=gold, extra_info=row)))
 assert not [name for name in sys.modules if name.split(".")[0] in ("rlprior", "torch", "numpy")]
 """
 
 
-def scores_outside(reward: Path, cases: Sequence[tuple[str, str]]) -> list[dict[str, float]]:
+def scores_outside(reward: Path, cases: Sequence[tuple[Problem, str]]) -> list[dict[str, float]]:
     """Scores by the file alone, loaded as verl loads it, in a Python that sees the standard library and nothing else."""
-    lines = "".join(json.dumps(case) + "\n" for case in cases)
+    lines = "".join(json.dumps([one.answer, one.choices, response]) + "\n" for one, response in cases)
     done = subprocess.run(
         [sys.executable, "-S", "-I", "-c", GRADE, str(reward)],
         input=lines,
@@ -80,34 +82,40 @@ VALUES = (
     r"\text{yes}",
     "\x00",
     "é",
+    "A",
+    "(B) ",
 )
 GOLDS = ("85", "-85", "1200", "0.5", "1/2", "yes", "x", "0")
 
 
-def random_responses(count: int) -> list[tuple[str, str]]:
-    """Gold answers, and responses put together from what responses are made of."""
+def random_cases(count: int) -> list[tuple[Problem, str]]:
+    """Problems, a quarter of them multiple-choice, and responses put together from what responses are made of."""
     draw = random.Random(0)
-    return [
-        (draw.choice(GOLDS), "".join(draw.choices(MARKS + VALUES, k=draw.randint(0, 9))))
-        for _ in range(count)
-    ]
+    cases: list[tuple[Problem, str]] = []
+    for number in range(count):
+        posed = problem(draw.choice(GOLDS))
+        if number % 4 == 0:
+            posed = dataclasses.replace(posed, answer=draw.choice("AB"), choices=("85", "yes"))
+        response = "".join(draw.choices(MARKS + VALUES, k=draw.randint(0, 9)))
+        cases.append((posed, response))
+    return cases
 
 
 def test_the_reward_file_alone_grades_as_the_verifier_does(reward: Path) -> None:
-    hostile = [
-        ("1", "{" * 100_000),
-        ("1", "#### " + "9" * 1_000_000),
-        ("1", r"\boxed{" * 1000 + "1" + "}" * 1000),
-    ]
-    cases = [(gold, response) for gold, response, *_ in TABLE] + random_responses(3000) + hostile
+    cases = [(problem(gold), response) for gold, response, *_ in TABLE] + random_cases(4000)
+    cases += [(dataclasses.replace(problem("B"), choices=CHOICES), response) for response, _ in CHOICE_TABLE]
+    hostile = ("{" * 100_000, "#### " + "9" * 1_000_000, r"\boxed{" * 1000 + "1" + "}" * 1000)
+    cases += [(problem("1"), response) for response in hostile]
     counts = dict.fromkeys(Status, 0)
-    for (gold, response), score in zip(cases, scores_outside(reward, cases), strict=True):
-        problem = Problem(id="", task="t", difficulty=1, prompt="", solution="", answer=gold)
-        status = verify(problem, response).status
-        counts[status] += 1
-        value = float(status is Status.CORRECT)
-        expected = {"score": value, "acc": value, "unparsable": float(status is Status.UNPARSABLE)}
-        assert score == expected, (gold, response)
+    for (posed, response), score in zip(cases, scores_outside(reward, cases), strict=True):
+        verdict = verify(posed, response)
+        counts[verdict.status] += 1
+        expected = {
+            "score": verdict.reward,
+            "acc": verdict.reward,
+            "unparsable": float(verdict.status is Status.UNPARSABLE),
+        }
+        assert score == expected, (posed, response)
     assert min(counts[Status.CORRECT], counts[Status.WRONG], counts[Status.UNPARSABLE]) > 50
 
 
@@ -115,7 +123,7 @@ def test_gold_solutions_are_rewarded(reward: Path) -> None:
     problems = generate_problems(
         families=tuple(SPACES), difficulties=(1, 2, 3, 4), num_problems=280, split="train", seed=0
     )
-    scores = scores_outside(reward, [(problem.answer, problem.solution) for problem in problems])
+    scores = scores_outside(reward, [(posed, posed.solution) for posed in problems])
     assert {score["score"] for score in scores} == {1.0}
 
 

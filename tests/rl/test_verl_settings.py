@@ -14,6 +14,7 @@ from rlprior.rl.config import LengthPhase, RLConfig, RolloutConfig
 from rlprior.rl.export import render_configuration
 from rlprior.rl.loop import RLRunConfig
 from rlprior.rl.verl_settings import Prompts, check_exportable, counterparts, phases_of, verl_options
+from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem
 from rlprior.training.engine import EngineConfig
 from rlprior.training.update import OptimizerConfig
@@ -117,7 +118,8 @@ def test_every_setting_has_a_counterpart_or_is_refused() -> None:
     settings |= {f"rl.optimizer.{option.name}" for option in dataclasses.fields(OptimizerConfig)}
     settings |= {f"rl.rollout.{option.name}" for option in dataclasses.fields(RolloutConfig)}
     assert known == (settings | {"seed"}) - REFUSED
-    # and so has a field of a problem that graders may read: the reward knows the answer and nothing else
+    # and so has a field of a problem that graders may read: the reward knows answer and choices (`written_answer` is for verifiers that
+    # are refused)
     assert {option.name for option in dataclasses.fields(Problem)} == {
         "id",
         "task",
@@ -125,6 +127,8 @@ def test_every_setting_has_a_counterpart_or_is_refused() -> None:
         "prompt",
         "solution",
         "answer",
+        "choices",
+        "written_answer",
     }
 
 
@@ -154,6 +158,9 @@ def test_what_verl_cannot_do_is_refused() -> None:
             UsageError, match=rf"rl\.{name} = {value!r} has no counterpart in verl 0\.9; leave it out"
         ):
             check_exportable(run_config(**{name: value}), num_training=30)
+    task = TaskConfig(verifier="math")
+    with pytest.raises(UsageError, match=r"rl\.task\.verifier = 'math' has no counterpart in verl 0\.9"):
+        check_exportable(run_config(task=task), num_training=30)
     with pytest.raises(UsageError, match=r"rl\.precision = 'float32': verl computes in bfloat16"):
         check_exportable(run_config(precision="float32"), num_training=30)
     with pytest.raises(UsageError, match=r"dynamic_sampling = 'drop'.*write 'refill' or 'off'"):

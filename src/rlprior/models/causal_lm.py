@@ -112,8 +112,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{path}: not a Hugging Face model folder (config.json is missing)")
+    require_model_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
         _extend(config, path, rope_theta, max_positions)
@@ -150,6 +149,12 @@ def _extend(config: Any, path: Path, rope_theta: float | None, max_positions: in
                 f"{path}: has learned positions, {config.max_position_embeddings} of them; {max_positions} do not fit"
             )
         config.max_position_embeddings = max_positions
+
+
+def require_model_folder(path: Path) -> None:
+    """UsageError unless `path` looks like a Hugging Face model folder."""
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path}: not a Hugging Face model folder (config.json is missing)")
 
 
 def load_tokenizer(path: Path) -> Any:

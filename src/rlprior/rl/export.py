@@ -205,7 +205,15 @@ def write_prompts(problems: Sequence[Problem], path: Path, *, split: str) -> Non
             "prompt": pyarrow.list_(pyarrow.struct({"role": text, "content": text})),
             "ability": text,
             "reward_model": pyarrow.struct({"style": text, "ground_truth": text}),
-            "extra_info": pyarrow.struct({"index": number, "split": text, "id": text, "difficulty": number}),
+            "extra_info": pyarrow.struct(
+                {
+                    "index": number,
+                    "split": text,
+                    "id": text,
+                    "difficulty": number,
+                    "choices": pyarrow.list_(text),
+                }
+            ),
         }
     )
     rows = [
@@ -219,6 +227,7 @@ def write_prompts(problems: Sequence[Problem], path: Path, *, split: str) -> Non
                 "split": split,
                 "id": problem.id,
                 "difficulty": problem.difficulty,
+                "choices": list(problem.choices),
             },
         }
         for index, problem in enumerate(problems)

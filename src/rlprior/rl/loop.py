@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprior.models.causal_lm import load_model, load_tokenizer
+from rlprior.models.causal_lm import load_model, load_tokenizer, require_model_folder
 from rlprior.rl.config import RLConfig
 from rlprior.rl.engines import open_engine
 from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
@@ -27,7 +27,12 @@ from rlprior.training.schedule import ScheduleConfig, learning_rate
 from rlprior.training.update import Updater
 
 CODE = (
-    "rlprior.rl",
+    "rlprior.rl.config",
+    "rlprior.rl.engines",
+    "rlprior.rl.grpo",
+    "rlprior.rl.loop",
+    "rlprior.rl.rollout",
+    "rlprior.rl.update",
     "rlprior.data",
     "rlprior.tasks",
     "rlprior.objectives",
@@ -69,6 +74,7 @@ def run(config: RLRunConfig, run: Run) -> Path:
         return run.directory / run.result["checkpoint"]
     rl, start, world = config.rl, Path(config.init_from), run.world
     checkpoint = world.on_main(lambda: find_checkpoint(run.directory))
+    require_model_folder(start)
     tokenizer = load_tokenizer(start)
     prompts = PromptStream(_training_problems(config), tokenizer, config.seed)
     max_length = prompts.max_length + max(phase.max_new_tokens for phase in rl.length_schedule)

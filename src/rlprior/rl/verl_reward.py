@@ -6,28 +6,36 @@ import ast
 import functools
 import importlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from rlprior.tasks.verify import canonical_answer, extract_answer
+from rlprior.tasks.verify import canonical_answer, find_answer
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None, **_: object
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    **_: object,
 ) -> dict[str, float]:
     """Reward of one response as verl asks for it: 1 where the final answer is the gold answer, else 0.
 
     Args:
         data_source: not read.
         solution_str: text of the response, special tokens left out.
-        ground_truth: the gold answer.
-        extra_info: not read.
+        ground_truth: the gold answer; of a multiple-choice question its letter.
+        extra_info: of the problem's row; `choices` of a multiple-choice question.
 
     Returns:
         `score`, the reward; `acc`, the same, by which verl drops groups of equal rewards; `unparsable`, 1 where no answer was found.
     """
-    answer = extract_answer(solution_str)
-    score = float(answer is not None and answer == canonical_answer(ground_truth))
-    return {"score": score, "acc": score, "unparsable": float(answer is None)}
+    choices = tuple(extra_info.get("choices", ())) if extra_info else ()
+    found = find_answer(solution_str, choices)
+    gold = ground_truth if choices else canonical_answer(ground_truth)
+    score = float(found is not None and found.canonical == gold)
+    return {"score": score, "acc": score, "unparsable": float(found is None)}
 
 
 def reward_source() -> str:
