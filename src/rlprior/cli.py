@@ -57,6 +57,20 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
             "rlprior export-rl rl.toml --init-from MODEL --out verl-run --validation-file test.jsonl",
         ],
     ),
+    "sft": (
+        "supervised fine-tuning on worked solutions or a file of pairs, from a Hugging Face folder",
+        [
+            "rlprior sft sft.toml --init-from runs/ce/checkpoints/step-00000400 --out runs/ce-sft",
+            "rlprior sft sft.toml --init-from MODEL --sft.num_epochs=3 --sft.objective.name=dynamic_fine_tuning",
+        ],
+    ),
+    "dpo": (
+        "direct preference optimization on correct against wrong answers, from a Hugging Face folder",
+        [
+            "rlprior dpo dpo.toml --init-from runs/ce-sft/checkpoints/step-00000100 --out runs/ce-dpo",
+            "rlprior dpo dpo.toml --init-from MODEL --samples runs/scores/samples/gsm8k-00000000.jsonl",
+        ],
+    ),
     "evaluate": (
         "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
         ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
@@ -170,6 +184,16 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parsers["rl"].add_argument("file", type=Path, metavar="FILE.toml", help="task and RL settings")
     _add_export_arguments(parsers["export-rl"])
+    for name in ("sft", "dpo"):
+        parsers[name].add_argument(
+            "file",
+            type=Path,
+            metavar="FILE.toml",
+            help=f"{name.upper()} settings and where its examples come from",
+        )
+    parsers["dpo"].add_argument(
+        "--samples", metavar="FILE", help="graded samples of an evaluation (default: the run draws its own)"
+    )
     parsers["evaluate"].add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     parsers["evaluate"].add_argument(
         "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
@@ -183,7 +207,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
     parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
     plan_command.add_arguments(parsers["plan"])
-    for name in ("train", "rl", "export-rl"):
+    for name in ("train", "rl", "export-rl", "sft", "dpo"):
         parsers[name].add_argument("--init-from", metavar="MODEL", help="Hugging Face folder to start from")
     for name in ("demo", "study"):
         parsers[name].add_argument(
@@ -195,7 +219,7 @@ def _build_parser() -> argparse.ArgumentParser:
         parsers[name].add_argument(
             "--threads", type=int, default=1, metavar="N", help="threads of each (default: 1)"
         )
-    for name in ("demo", "study", "train", "rl"):
+    for name in ("demo", "study", "train", "rl", "sft", "dpo"):
         parsers[name].add_argument(
             "--track",
             nargs="+",
@@ -204,7 +228,7 @@ def _build_parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help=f"send the metrics elsewhere too: {', '.join(TRACKERS)}",
         )
-    for name in ("demo", "study", "train", "rl", "evaluate"):
+    for name in ("demo", "study", "train", "rl", "sft", "dpo", "evaluate"):
         parsers[name].add_argument(
             "--out",
             type=Path,
@@ -244,6 +268,8 @@ def _load(config_type: Any, path: Path, known: argparse.Namespace, overrides: li
     extra = list(overrides)
     if getattr(known, "init_from", None):
         extra.append(f"init_from={Path(known.init_from).resolve()}")
+    if getattr(known, "samples", None):
+        extra.append(f"samples={Path(known.samples).resolve()}")
     if known.data_dir:
         extra.append(f"data_dir={Path(known.data_dir).resolve()}")
     if getattr(known, "seeds", None):
@@ -334,6 +360,51 @@ def _run_export_rl(known: argparse.Namespace, overrides: list[str]) -> int:
         print(f"rlprior: warning: {caution}", file=sys.stderr)
     print(f"{export.summary}\nhow to run it and what differs: {export.directory / 'README.md'}")
     return 0
+
+
+def _run_sft(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.posttraining import require_trl
+    from rlprior.posttraining.sft import SFTRunConfig
+    from rlprior.runs import input_identity
+    from rlprior.study.plan import plan_run, task_inputs
+    from rlprior.tasks.config import resolve_path
+
+    require_trl("sft")
+    config = _load(SFTRunConfig, known.file, known, overrides)
+    out = (known.out or Path("runs") / known.file.stem).resolve()
+    inputs = {
+        "init_from": input_identity(Path(config.init_from)),
+        **task_inputs(config.data_dir, {"sft": config.sft.task} if config.sft.task else {}),
+    }
+    if config.sft.path:
+        data_dir = Path(config.data_dir) if config.data_dir else None
+        inputs["file"] = input_identity(resolve_path(config.sft.path, data_dir))
+    run = plan_run("sft", config, label=f"sft {out.name}", directory=out, inputs=inputs)
+    return _run_alone([run], known)
+
+
+def _run_dpo(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.posttraining import require_trl
+    from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
+    from rlprior.posttraining.pairs import grades_of
+    from rlprior.runs import input_identity
+    from rlprior.study.plan import plan_run, task_inputs
+
+    require_trl("dpo")
+    config = _load(DPORunConfig, known.file, known, overrides)
+    out = (known.out or Path("runs") / known.file.stem).resolve()
+    store = Path(config.samples) if config.samples else None
+    inputs = {
+        "init_from": input_identity(Path(config.init_from)),
+        "samples": input_identity(store) if store else "",
+        "grades": input_identity(grades_of(store)) if store else "",
+        **task_inputs(config.data_dir, {"dpo": config.dpo.task}),
+    }
+    run = plan_run("dpo", config, label=f"dpo {out.name}", directory=out, inputs=inputs)
+    code = _run_alone([run], known)
+    if not known.dry_run:
+        print(describe_pairs(out))
+    return code
 
 
 def _run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -441,6 +512,8 @@ _RUN = {
     "train": _run_train,
     "rl": _run_rl,
     "export-rl": _run_export_rl,
+    "sft": _run_sft,
+    "dpo": _run_dpo,
     "evaluate": _run_evaluate,
     "watch": _run_watch,
     "plan": plan_command.run,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlprior.config import RunError, differing_keys
-from rlprior.runs import disk_errors
+from rlprior.runs import disk_errors, read_jsonl
 
 DecodingValue = int | float | str | bool | None
 
@@ -158,6 +158,21 @@ class SampleStore:
             except OSError:
                 file.truncate(before)
                 raise
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """All samples of a store, in the order written, whatever its key; nothing is written, and a torn last line is passed over.
+
+    Raises:
+        RunError: not a store of samples, or damaged.
+    """
+    try:
+        header, *batches = read_jsonl(path)
+        if header["format"] != 1:
+            raise ValueError
+        return [_decode_sample(data) for batch in batches for data in batch["samples"]]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path}: not a store of samples, or damaged") from None
 
 
 def _decode_sample(data: Mapping[str, Any]) -> Sample:

@@ -12,6 +12,7 @@ from rlprior.data import prepare
 from rlprior.data.config import DataConfig
 from rlprior.evaluation import stage as evaluation_stage
 from rlprior.models.presets import num_parameters, training_flops_per_token
+from rlprior.posttraining import dpo, sft
 from rlprior.rl import loop
 from rlprior.rl.config import RLConfig
 from rlprior.runs import RunIdentity, identify, input_identity
@@ -25,6 +26,8 @@ STAGES: dict[str, Any] = {
     "pretrain": language_model,
     "midtrain": language_model,
     "rl": loop,
+    "sft": sft,
+    "dpo": dpo,
     "evaluate": evaluation_stage,
 }
 """Stage -> module with `run(config, run)` and `CODE`, the modules that compute it."""

@@ -18,7 +18,13 @@ from rlprior.study.estimate import format_seconds
 
 Status = Literal["waiting", "running", "stopped", "done"]
 
-CURVES = {"pretrain": "cross_entropy_nats", "midtrain": "cross_entropy_nats", "rl": "reward_mean"}
+CURVES = {
+    "pretrain": "cross_entropy_nats",
+    "midtrain": "cross_entropy_nats",
+    "rl": "reward_mean",
+    "sft": "loss",
+    "dpo": "rewards/margins",
+}
 """Stage -> the metric that is drawn."""
 MIN_SILENCE_SECONDS = 60.0
 MAX_SILENCE_SECONDS = 600.0

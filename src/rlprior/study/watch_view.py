@@ -91,7 +91,8 @@ def _draw_run(run: WatchedRun) -> RenderableType:
         ]
     if curve.last:
         lines += [Text(), Text(f"step {curve.last['step']}", style="bold"), _last_values(run)]
-        document = "docs/rl.md" if run.stage == "rl" else "docs/training.md"
+        documents = {"rl": "docs/rl.md", "sft": "docs/posttraining.md", "dpo": "docs/posttraining.md"}
+        document = documents.get(run.stage, "docs/training.md")
         lines.append(
             Text(f"{document} says what each name means; all steps are in {curve.path}", style="dim")
         )
