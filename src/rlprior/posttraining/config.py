@@ -138,7 +138,7 @@ class DPOConfig(UpdatesConfig):
     Args:
         task: the problems.
         num_problems: how many; needed where they are generated.
-        split: side of the split of generated problems; 'test' is what evaluations ask.
+        split, task_seed: of generated problems; evaluations ask those of the side 'test' under seed 0.
         samples_per_problem: answers drawn of each problem, where no store of samples is given.
         decoding: how they are drawn.
         rejected: verdicts that make an answer the rejected one of a pair; the chosen one is always correct.
@@ -151,6 +151,7 @@ class DPOConfig(UpdatesConfig):
     task: TaskConfig
     num_problems: int | None = None
     split: Literal["train", "test"] = "train"
+    task_seed: int = 0
     samples_per_problem: int = 16
     decoding: Decoding = field(default_factory=Decoding)
     rejected: tuple[Literal["wrong", "unparsable", "truncated"], ...] = ("wrong",)

@@ -46,7 +46,7 @@ class DPORunConfig:
         dpo: what it does.
         init_from: Hugging Face folder of the model to start from, which is the reference too.
         samples: store of graded samples to make the pairs from; left out, the run draws them from the model.
-        seed: of problems, answers, pairs and their order.
+        seed: of answers, pairs and their order.
         data_dir: folder that the task's relative paths start from.
     """
 
@@ -93,7 +93,7 @@ def _load_examples(config: DPORunConfig, run: Run) -> tuple[list[dict[str, list[
         dpo.task,
         split=dpo.split,
         num_problems=dpo.num_problems,
-        seed=config.seed,
+        seed=dpo.task_seed,
         data_dir=Path(config.data_dir) if config.data_dir else None,
     )
     path = Path(config.samples) if config.samples else draw_answers(config, run, tokenizer, problems)

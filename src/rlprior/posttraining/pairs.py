@@ -155,7 +155,7 @@ def encode_pairs(
     unknown = next((pair.problem_id for pair in pairs if pair.problem_id not in prompt_ids), None)
     if unknown is not None:
         raise UsageError(
-            f"{where}: answers problem {unknown}, which dpo.task does not have; give the task, split and num_problems that were sampled"
+            f"{where}: answers problem {unknown}, which dpo.task does not have; give the task, num_problems, split and task_seed that were sampled"
         )
     return [
         {
