@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from tests.test_cli_mistakes import refused
 from tests.test_kill import TIMEOUT_SECONDS, kill_several_times, num_records, start, wait_until
 
 from rlprior.cli import main
+from rlprior.config import decode
 from rlprior.models.causal_lm import load_tokenizer
+from rlprior.posttraining.dpo import DPORunConfig
+from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.runs import read_jsonl
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.training.checkpoint import checkpoint_directory, list_checkpoints
@@ -161,6 +165,13 @@ def test_mistakes_are_told_in_one_line(
     assert missing == refused(capsys, "dpo", dpo, *out, "--samples", tmp_path / "no.jsonl")
     assert "unknown key 'dpo.bata'; did you mean 'beta'?" in refused(capsys, "dpo", dpo, *out, "--dpo.bata=1")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_settings_of_the_document_are_settings() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "posttraining.md").read_text(encoding="utf-8")
+    sft, dpo = (tomllib.loads(block.partition("```")[0]) for block in text.split("```toml")[1:])
+    assert decode(SFTRunConfig, {**sft, "init_from": "m"}, source="sft").sft.num_problems == 4000
+    assert decode(DPORunConfig, {**dpo, "init_from": "m"}, source="dpo").dpo.num_problems == 1000
 
 
 def long_runs(

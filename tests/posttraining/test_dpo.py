@@ -18,11 +18,13 @@ from torch.nn.functional import logsigmoid
 from rlprior.config import RunError, UsageError, decode
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation import answers as answers_module
-from rlprior.models.causal_lm import load_model, load_tokenizer
+from rlprior.models.causal_lm import build_model, load_model, load_tokenizer, save_model
+from rlprior.models.presets import ModelConfig
 from rlprior.models.sampler import Decoding
-from rlprior.posttraining.config import DPOConfig
+from rlprior.posttraining.config import DPOConfig, SFTConfig
 from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
 from rlprior.posttraining.pairs import grades_of, make_pairs, read_graded
+from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.posttraining.trainer import Conductor, example_order
 from rlprior.runs import read_jsonl
 from rlprior.tasks.config import TaskConfig, load_task
@@ -258,6 +260,31 @@ def test_each_loss_type_is_a_sum_over_pairs(model: Path, store: Path, tmp_path: 
     # float32, and AdamW's first step, which turns rounding of tiny gradients into steps
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
     assert found[0][0] != found[0][1]
+
+
+def test_a_mixture_of_experts_and_no_word_to_hugging_face(
+    model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.base_trainer as base
+
+    def tell(**_: Any) -> None:
+        raise AssertionError("a run of ours is nobody's business")
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(base, "send_telemetry", tell)
+    mixture = build_model(ModelConfig(preset="tiny-moe"), load_tokenizer(model), max_positions=64, seed=0)
+    save_model(mixture, tmp_path / "mixture", tokenizer_directory=model)
+    sft = SFTConfig(task=DPO.task, num_problems=10, num_steps=2, batch_size=4, learning_rate=1e-3)
+    runs = [
+        make_run("sft", SFTRunConfig(sft=sft, init_from=str(tmp_path / "mixture")), tmp_path / "sft"),
+        make_run("dpo", run_config(tmp_path / "mixture", store, num_steps=2), tmp_path / "dpo"),
+    ]
+    for run in runs:
+        first, second = read_jsonl(run.directory / "metrics.jsonl")
+        assert second["loss"] < first["loss"]
+        after = load_model(checkpoint_directory(run.directory, 2))
+        for (name, new), old in zip(after.state_dict().items(), mixture.state_dict().values(), strict=True):
+            assert torch.equal(new, old) == name.endswith("e_score_correction_bias"), name
 
 
 # Going on

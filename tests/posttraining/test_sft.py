@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.small_study import Killed, crash_on_call, last_checkpoint, make_run, outcome
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -209,6 +210,19 @@ def test_an_update_is_the_projects_own_on_the_same_tokens(
         # AdamW's first step divides the gradient by its own size, so that a tiny one may turn any way: the whole counts
         moved += float((new - old).detach().abs().mean()) / SFT.learning_rate
     assert moved / len(list(found.parameters())) < 0.01, "in units of the step"
+
+
+def test_bfloat16_is_the_products_alone(model: Path, tmp_path: Path) -> None:
+    exact, rounded = (
+        train(model, tmp_path / precision, precision=precision, num_steps=2)
+        for precision in ("float32", "bfloat16")
+    )
+    losses = [[record["loss"] for record in metrics] for metrics in (exact, rounded)]
+    # 8 bits of mantissa in the products, averaged over some hundred tokens
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] != losses[0]
+    last = checkpoint_directory(tmp_path / "bfloat16", 2)
+    assert {weight.dtype for weight in load_file(last / "model.safetensors").values()} == {torch.float32}
 
 
 def test_it_learns_and_carries_the_count_of_pre_training_tokens(model: Path, tmp_path: Path) -> None:

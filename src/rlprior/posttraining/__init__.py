@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 
 from rlprior.config import UsageError
 
@@ -16,7 +17,8 @@ def require_trl(command: str) -> None:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    if not version or tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRL:
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or (int(number[1]), int(number[2])) < OLDEST_TRL:
         found = f"found {version}" if version else "not installed"
         raise UsageError(
             f"'rlprior {command}' needs TRL {oldest} or newer ({found}); pip install 'rlprior[integrations]'"
