@@ -213,10 +213,11 @@ def test_an_update_is_the_projects_own_on_the_same_tokens(
 
 
 def test_bfloat16_is_the_products_alone(model: Path, tmp_path: Path) -> None:
-    exact, rounded = (
-        train(model, tmp_path / precision, precision=precision, num_steps=2)
-        for precision in ("float32", "bfloat16")
+    exact, rounded, again = (
+        train(model, tmp_path / name, precision=precision, num_steps=2)
+        for name, precision in (("one", "float32"), ("bfloat16", "bfloat16"), ("two", "float32"))
     )
+    assert again == exact, "accelerate keeps its settings for the whole process: they must not stick"
     losses = [[record["loss"] for record in metrics] for metrics in (exact, rounded)]
     # 8 bits of mantissa in the products, averaged over some hundred tokens
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

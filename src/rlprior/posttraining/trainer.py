@@ -31,6 +31,7 @@ from rlprior.runs import Run, RunStopped, catch_termination
 from rlprior.seeding import numpy_generator, stream_seed
 from rlprior.training.checkpoint import (
     CheckpointSaver,
+    checkpoint_directory,
     last_good_checkpoint,
     remove_leftovers,
     restore_optimizer,
@@ -145,7 +146,7 @@ def train(
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-    last = conductor.last or (checkpoint.directory if checkpoint else init_from)
+    last = checkpoint_directory(run.directory, num_steps)
     run.finish({"checkpoint": str(last.relative_to(run.directory)), **result, **state})
     return last
 
@@ -234,7 +235,6 @@ class Conductor(TrainerCallback):
     num_steps: int
     seed: int
     is_asked_to_stop: Callable[[], bool]
-    last: Path | None = None
     clock: float = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -273,6 +273,6 @@ class Conductor(TrainerCallback):
         is_stopped = self.is_asked_to_stop() and step < self.num_steps
         is_kept = is_milestone(self.config, step, self.num_steps)
         if step % self.config.save_every == 0 or is_kept or is_stopped:
-            self.last = self.saver.save(step, self.state)
+            self.saver.save(step, self.state)
         if is_stopped:
             raise RunStopped(step, self.num_steps)
