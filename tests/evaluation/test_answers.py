@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from rlprior.evaluation.answers import answer_problems, frequent_answers_baselin
 from rlprior.models.causal_lm import build_model, load_tokenizer
 from rlprior.models.sampler import Decoding, Response
 from rlprior.runs import read_jsonl
-from rlprior.tasks.config import load_task
+from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem
+from rlprior.tasks.verifier import open_verifier
 
 CONFIG = study_config()
 DECODING = Decoding(temperature=0.7, top_p=0.95, max_new_tokens=5)
@@ -212,3 +214,20 @@ def test_grades_of_other_samples_are_not_reused(
         columns, _ = answer(policy, problems, path, samples_per_problem=2)
         assert columns["num_correct"] == [num_correct]
         path.unlink()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_another_verifier_regrades_the_same_samples(
+    policy: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [Problem(id="0", task="t", difficulty=1, prompt="Q: 0\nA:", solution="", answer="5")]
+    texts = [[" #### 5", " #### 3+3", " #### 2+3", " #### 2 + 3"]]
+    monkeypatch.setattr(answers_module, "sample", scripted(policy[1], texts))
+    by_rules, _ = answer(policy, problems, tmp_path / "pool.jsonl")
+    monkeypatch.setattr(answers_module, "sample", None)
+    task = TaskConfig(verifier="math", verifier_timeout_seconds=20.0)
+    with open_verifier(task, None) as verifier:
+        by_math, _ = answer(policy, problems, tmp_path / "pool.jsonl", verifier=verifier)
+    assert (by_rules["num_correct"], by_math["num_correct"]) == ([1], [3])
+    # answers vote as they are written: two for 2+3, one for each other
+    assert (by_rules["consensus"], by_math["consensus"]) == ([0.0], [1.0])

@@ -85,6 +85,19 @@ def test_ids_do_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
     assert changed(found[0], ids(config)) == evaluations
 
 
+def test_a_reward_function_names_the_runs_that_it_rewards(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reward.py").write_text("def f(prompt, response, answer): return 1.0\n")
+        config = study_config(f"data_dir={tmp_path / name}", "rl.task={verifier='reward.py:f'}")
+        found.append(ids(config))
+    assert found[0] == found[1]
+    (tmp_path / "two" / "reward.py").write_text("def f(prompt, response, answer): return 0.5\n")
+    rewarded = of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[4:])
+    assert changed(found[0], ids(config)) == rewarded
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -12,6 +12,7 @@ from tests.tasks.hostile import FAMILIES, hostile_responses
 
 from rlprior.config import RunError, UsageError, decode
 from rlprior.rl.rollout import Group
+from rlprior.study.plan import task_inputs
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.tasks.verifier import RULES, MathVerifier, RewardVerifier, Verifier, open_verifier
@@ -242,6 +243,8 @@ def careless(prompt, response, answer):
 
 def two_arguments(prompt, response):
     return 0
+
+LIMIT = 3
 """
 
 
@@ -297,7 +300,7 @@ def test_a_reward_function_that_hangs_or_dies_costs_that_response(rewards: Path)
             "",
             r"rewards\.py: TypeError: two_arguments\(\) takes 2 positional arguments but 3",
         ),
-        ("absent", "", r"rewards\.py: has no function 'absent'"),
+        ("LIMIT", "", r"rewards\.py: LIMIT is not a function"),
     ],
 )
 def test_a_careless_reward_function_is_reported_in_one_line(
@@ -314,11 +317,13 @@ def test_a_careless_reward_function_is_reported_in_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("def f(:\n", r"broken\.py:1: SyntaxError: invalid syntax"),
-        ("import os\nimport not_a_module_at_all\n", r"broken\.py:2: ModuleNotFoundError: No module named"),
-        ("raise SystemExit(2)\n", r"broken\.py:1: SystemExit: 2"),
         (
-            "import os\nos._exit(3)\n",
+            "import os\nfrom not_a_module_at_all import f\n",
+            r"broken\.py:2: ModuleNotFoundError: No module named",
+        ),
+        ("f = exit(2)\n", r"broken\.py:1: SystemExit: 2"),
+        (
+            "import os\nf = os._exit(3)\n",
             r"3 grading processes in a row ended before they were ready \(the last with code 3\)",
         ),
     ],
@@ -334,12 +339,27 @@ def test_a_reward_file_that_does_not_run_is_reported_in_one_line(
         verifier.grade([(problem("1"), "", False)])
 
 
-def test_a_reward_file_that_is_not_there(tmp_path: Path) -> None:
-    with (
-        pytest.raises(UsageError, match=r"absent\.py: no such file"),
-        open_verifier(reward_config("f", file="absent.py"), tmp_path),
-    ):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("absent.py:f", r"absent\.py: no such file; give the path of a Python file"),
+        ("rewards.py:absent", r"rewards\.py: defines no function 'absent'"),
+        ("broken.py:f", r"broken\.py:2: invalid syntax"),
+        ("binary.py:f", r"binary\.py: not Python source: "),
+        ("null.py:f", r"null\.py: not Python source: |null\.py:None: source code .* null bytes"),
+    ],
+)
+def test_a_reward_that_cannot_be_is_refused_before_anything_runs(
+    rewards: Path, file: str, message: str
+) -> None:
+    (rewards / "broken.py").write_text("import os\ndef f(:\n")
+    (rewards / "binary.py").write_bytes(b"f = 1 # \xff")
+    (rewards / "null.py").write_bytes(b"f = 1\0")
+    config = TaskConfig(verifier=file)
+    with pytest.raises(UsageError, match=message), open_verifier(config, rewards):
         pass
+    with pytest.raises(UsageError, match=message):
+        task_inputs(str(rewards), {"rl": config})
 
 
 def test_the_version_of_a_reward_changes_with_its_file(rewards: Path) -> None:

@@ -214,8 +214,14 @@ def _plan_evaluation(
 
 
 def task_inputs(data_dir: str | None, tasks: Mapping[str, TaskConfig]) -> dict[str, str]:
-    """Identity of each task's files, and of the data folder itself, whose path does not matter."""
+    """Identity of each task's files, and of the data folder itself, whose path does not matter.
+
+    Raises:
+        UsageError: a file is not there, or what a task's verifier needs.
+    """
     root = Path(data_dir) if data_dir else None
+    for task in tasks.values():
+        task.check_verifier(root)
     files = {
         f"task {name} {what}": path
         for name, task in tasks.items()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from rlprior.config import HOW, UsageError
+from rlprior.tasks.equivalence import require_math_verify
 from rlprior.tasks.files import load_problems
 from rlprior.tasks.problem import Problem
-from rlprior.tasks.reward import split_reward
+from rlprior.tasks.reward import check_reward, split_reward
 from rlprior.tasks.synthetic import Split, check_families, generate_problems
 
 
@@ -65,6 +66,13 @@ class TaskConfig:
         """File and name of the reward function, None where the task has none."""
         reward = split_reward(self.verifier)
         return (resolve_path(reward[0], data_dir), reward[1]) if reward else None
+
+    def check_verifier(self, data_dir: Path | None) -> None:
+        """Raise UsageError where what the verifier needs is not there: math-verify, or the reward function in its file."""
+        if self.verifier == "math":
+            require_math_verify()
+        elif reward := self.reward_function(data_dir):
+            check_reward(*reward)
 
     def input_files(self, data_dir: Path | None) -> dict[str, Path]:
         """Files whose content is part of what the task is, by what they are."""

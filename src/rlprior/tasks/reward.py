@@ -6,13 +6,14 @@ import contextlib
 import importlib.util
 import math
 import re
+import symtable
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from rlprior.config import RunError
+from rlprior.config import RunError, UsageError
 
 _REWARD = re.compile(r"(?P<path>.+\.py):(?P<function>[^\W\d]\w*)")
 
@@ -25,6 +26,24 @@ def split_reward(verifier: str) -> tuple[str, str] | None:
     """
     match = _REWARD.fullmatch(verifier)
     return (match["path"], match["function"]) if match else None
+
+
+def check_reward(path: Path, function: str) -> None:
+    """Read a reward file without running it: what takes hours to reach should not fail there for want of a name.
+
+    Raises:
+        UsageError: there is no such file, it is not Python, or defines no such name.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of a Python file, as in path.py:function")
+    try:
+        names = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: {error.msg}") from None
+    except ValueError as error:  # of bytes that are not UTF-8, or null bytes
+        raise UsageError(f"{path}: not Python source: {error}") from None
+    if function not in names.get_identifiers():
+        raise UsageError(f"{path}: defines no function {function!r}")
 
 
 def load_reward(path: str, function: str) -> Callable[[list[str]], dict[str, Any]]:
@@ -43,7 +62,7 @@ def load_reward(path: str, function: str) -> Callable[[list[str]], dict[str, Any
         raise RunError(_describe(error, path)) from None
     reward = getattr(module, function, None)
     if not callable(reward):
-        raise RunError(f"{path}: has no function {function!r}")
+        raise RunError(f"{path}: {function} is not a function")
     code = getattr(reward, "__code__", None)
     where = f"{path}:{code.co_firstlineno}" if isinstance(code, CodeType) else path
 
@@ -65,11 +84,8 @@ def load_reward(path: str, function: str) -> Callable[[list[str]], dict[str, Any
 def _describe(error: BaseException, path: str) -> str:
     """One line: the file's line that raised, and what."""
     where = path
-    if isinstance(error, SyntaxError) and error.filename == path:
-        where = f"{path}:{error.lineno}"
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename) == Path(path):
             where = f"{path}:{frame.lineno}"
-    message = str(error.msg if isinstance(error, SyntaxError) else error)
-    first = (message.splitlines() or [""])[0]
+    first = (str(error).splitlines() or [""])[0]
     return f"{where}: {type(error).__name__}: {first:.200}".rstrip(": ")

@@ -11,7 +11,7 @@ from typing import Protocol
 from rlprior.config import RunError
 from rlprior.runs import code_fingerprint, input_identity
 from rlprior.tasks.config import TaskConfig
-from rlprior.tasks.equivalence import is_one_answer, require_math_verify
+from rlprior.tasks.equivalence import is_one_answer
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.tasks.verify import find_answer, verify
 from rlprior.tasks.workers import WorkerPool
@@ -134,18 +134,17 @@ def open_verifier(config: TaskConfig, data_dir: Path | None) -> Iterator[Verifie
         data_dir: what the relative path of a reward function is relative to; None for the working directory.
 
     Raises:
-        UsageError: math-verify is not installed, or there is no such file.
+        UsageError: math-verify is not installed, or there is no such reward function.
     """
     limits = {"num_workers": config.verifier_workers, "timeout_seconds": config.verifier_timeout_seconds}
-    reward = config.reward_function(data_dir)
-    if reward is not None:
+    config.check_verifier(data_dir)
+    if reward := config.reward_function(data_dir):
         path, function = reward
         version = f"{input_identity(path)}:{function}-{config.verifier_timeout_seconds:g}s"
         arguments = {"path": str(path.resolve()), "function": function}
         with WorkerPool("rlprior.tasks.reward:load_reward", arguments, **limits) as pool:
             yield RewardVerifier(pool, version=f"reward-{version}")
     elif config.verifier == "math":
-        require_math_verify()
         with WorkerPool("rlprior.tasks.equivalence:load_comparison", {}, **limits) as pool:
             yield MathVerifier(pool, timeout_seconds=config.verifier_timeout_seconds)
     else:
