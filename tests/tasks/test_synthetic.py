@@ -232,6 +232,15 @@ def test_seeds_differ_and_repetition_is_allowed_where_asked_for() -> None:
     assert len({p.id for p in sample("sequences", 3, 2000)}) < 2000
 
 
+@pytest.mark.parametrize("family", SPACES)
+def test_any_whole_number_is_a_seed_of_its_own(family: str) -> None:
+    lists = [
+        generate_problems(families=[family], difficulties=[4], num_problems=20, split="train", seed=seed)
+        for seed in (0, -1, 2**32, 2**63, 10**30)
+    ]
+    assert len({tuple(problem.prompt for problem in problems) for problems in lists}) == len(lists)
+
+
 PROGRAM = """
 from rlprior.tasks.synthetic import SPACES, generate_problems
 for unique in (True, False):

@@ -99,7 +99,7 @@ def test_results_come_in_order_from_processes_that_stay(pool: WorkerPool) -> Non
 
 
 def test_a_deadline_costs_the_item_that_missed_it_and_a_process(function: Path) -> None:
-    with open_pool(function, timeout_seconds=0.5) as pool:
+    with open_pool(function, timeout_seconds=1.0) as pool:
         late = Status.TIMED_OUT
         assert act(pool, ("say", 1), ("wait", ""), ("say", 2), ("hold", ""), ("say", 3)) == [
             1,

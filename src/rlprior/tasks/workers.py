@@ -176,7 +176,7 @@ class WorkerPool:
         dead.kill()
         if not dead.is_ready:
             self._num_failed_starts += 1
-            if self._num_failed_starts == MAX_FAILED_STARTS:
+            if self._num_failed_starts >= MAX_FAILED_STARTS:
                 raise RunError(
                     f"{MAX_FAILED_STARTS} grading processes in a row ended before they were ready "
                     f"(the last with code {dead.process.returncode}), or took more than {MAX_START_SECONDS:.0f} s"
