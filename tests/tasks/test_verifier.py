@@ -184,7 +184,8 @@ def test_some_hostile_responses() -> None:
 @needs_math_verify
 @pytest.mark.slow
 def test_a_thousand_hostile_responses_cost_under_two_seconds_each() -> None:
-    with open_verifier(TaskConfig(verifier="math"), None) as verifier:
+    # spare workers, so that none is waited for where a new one takes seconds to start
+    with open_verifier(TaskConfig(verifier="math", verifier_workers=4), None) as verifier:
         check_hostile(verifier, 1000, seed=0, max_seconds=2.0)
 
 
