@@ -130,7 +130,7 @@ def test_another_seed_is_another_run_on_the_same_corpus() -> None:
     ("module", "expected"),
     [
         ("rlprior.objectives", of_arms("ce", "sharp")),
-        ("rlprior.rl", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[4:])),
+        ("rlprior.rl.update", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[4:])),
         ("rlprior.evaluation", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[1::2])),
         ("rlprior.samples", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[1::2])),
         ("rlprior.data", {"data"} | of_arms("ce", "sharp")),
