@@ -53,7 +53,7 @@ def engine(
         monkeypatch.setitem(sys.modules, "vllm", vllm_double)
         config = RolloutConfig(engine="vllm")
         return open_engine(config, model, policy, max_length=64, precision="float32", world=ALONE), model
-    return BuiltinEngine(model, None, World(0, 2)), model
+    return BuiltinEngine(model, None, World(0, 2), max_rows=10), model
 
 
 def draw(engine: RolloutEngine, seed: int = 0) -> Any:

@@ -173,7 +173,7 @@ def test_the_exported_policy_says_the_same(kind: str, tokenizer_directory: Path,
     config = SMALL_MIXTURE if kind == "mixture" else dataclasses.replace(SMALL, initializer_range=0.3)
     policy = saved_policy(config, tokenizer_directory, tmp_path / "policy")
     export = export_to_verl(run_config(policy), tmp_path / "run", held_out=HELD_OUT)
-    ours = load_model(policy).eval()
+    ours: Any = load_model(policy).eval()
     theirs: Any = AutoModelForCausalLM.from_pretrained(export.directory / "model")
     tokenizer = AutoTokenizer.from_pretrained(export.directory / "model")
     original = AutoTokenizer.from_pretrained(policy)

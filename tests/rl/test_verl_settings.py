@@ -152,7 +152,8 @@ def test_a_setting_without_counterpart_is_refused_unless_it_is_at_its_default() 
 
 
 def test_what_verl_cannot_do_is_refused() -> None:
-    for name, value in (("signal", "negative"), ("mask_truncated", True)):
+    changes: dict[str, Any] = {"signal": "negative", "mask_truncated": True}
+    for name, value in changes.items():
         assert f"rl.{name}" in REFUSED
         with pytest.raises(
             UsageError, match=rf"rl\.{name} = {value!r} has no counterpart in verl 0\.9; leave it out"

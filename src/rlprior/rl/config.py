@@ -32,13 +32,17 @@ class RolloutConfig:
 
     Args:
         engine: 'builtin' is this package's sampler; 'vllm' runs vLLM on the trainer's GPUs.
+        max_rows: responses that 'builtin' draws at a time, whole groups; the keys and values of all of them are held at once.
         gpu_memory_utilization: share of a GPU's memory that vLLM takes for its weights and cache, in (0, 1).
     """
 
     engine: Literal["builtin", "vllm"] = "builtin"
+    max_rows: int = field(default=512, metadata=HOW)
     gpu_memory_utilization: float = field(default=0.3, metadata=HOW)
 
     def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, not {self.max_rows}")
         if not 0 < self.gpu_memory_utilization < 1:
             raise ValueError(
                 f"gpu_memory_utilization must be above 0 and below 1, not {self.gpu_memory_utilization}"

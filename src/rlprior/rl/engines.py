@@ -53,8 +53,11 @@ class RolloutEngine(Protocol):
 class BuiltinEngine:
     """The sampler of `rlprior.models.sampler`: with the policy itself where one process has it whole, or else with a copy."""
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None, world: World) -> None:
-        """Prepare; to be called before the model is sharded."""
+    def __init__(
+        self, model: Any, autocast_dtype: torch.dtype | None, world: World, *, max_rows: int
+    ) -> None:
+        """Prepare, to draw at most `max_rows` responses at a time; to be called before the model is sharded."""
+        self.max_rows = max_rows
         is_whole = world.size == 1
         self.model = model if is_whole else copy.deepcopy(model).to(world.device, autocast_dtype)
         self.autocast_dtype = autocast_dtype if is_whole else None
@@ -79,15 +82,19 @@ class BuiltinEngine:
     ) -> list[list[Response]]:
         """As `RolloutEngine.sample`."""
         device = next(self.model.parameters()).device
+        size = max(1, self.max_rows // samples_per_prompt)
+        responses: list[list[Response]] = []
         with evaluation_mode(self.model), autocast(device, self.autocast_dtype):
-            return sample(
-                self.model,
-                prompts,
-                samples_per_prompt=samples_per_prompt,
-                decoding=decoding,
-                eos_token_id=eos_token_id,
-                generators=generators,
-            )
+            for start in range(0, len(prompts), size):
+                responses += sample(
+                    self.model,
+                    prompts[start : start + size],
+                    samples_per_prompt=samples_per_prompt,
+                    decoding=decoding,
+                    eos_token_id=eos_token_id,
+                    generators=generators[start : start + size],
+                )
+        return responses
 
 
 class VllmEngine:
@@ -190,4 +197,5 @@ def open_engine(
     """
     if config.engine == "vllm":
         return VllmEngine(policy, config, max_length=max_length, dtype=precision)
-    return BuiltinEngine(model, torch.bfloat16 if precision == "bfloat16" else None, world)
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    return BuiltinEngine(model, dtype, world, max_rows=config.max_rows)

@@ -205,6 +205,7 @@ def _sampling(rl: RLConfig, phase: LengthPhase, prompts: Prompts) -> dict[str, C
             else {},
             "" if rl.rollout.engine == "vllm" else "verl's own default",
         ),
+        "rl.rollout.max_rows": Counterpart(remark="vLLM bounds its own batch"),
         "rl.precision": Counterpart(remark="verl computes in bfloat16"),
         "rl.engine": Counterpart(
             remark="how the policy lies on the devices is said to verl on its command line"
