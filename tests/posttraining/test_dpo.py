@@ -27,6 +27,7 @@ from rlprior.posttraining.pairs import grades_of, make_pairs, read_graded
 from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.posttraining.trainer import Conductor, example_order
 from rlprior.runs import read_jsonl
+from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.training import checkpoint as checkpoint_module
@@ -167,7 +168,7 @@ def test_right_answers_become_more_likely_than_wrong_ones(model: Path, store: Pa
 def test_the_model_answers_itself_where_no_store_is_given(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module, "verify", contains_digit)
+    monkeypatch.setattr(verifier_module, "verify", contains_digit)
     config = run_config(model, None, max_pairs_per_prompt=3)
     run = make_run("dpo", config, tmp_path / "run")
     samples, grades = read_graded(run.directory / "samples" / "answers.jsonl")
@@ -304,7 +305,7 @@ def test_a_crash_changes_no_byte(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """The reference too is the one that the run began with."""
-    monkeypatch.setattr(answers_module, "verify", contains_digit)
+    monkeypatch.setattr(verifier_module, "verify", contains_digit)
     config = run_config(model, None)
     whole = make_run("dpo", config, tmp_path / "whole")
     module, name, number, after = CRASHES[where]

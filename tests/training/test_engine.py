@@ -340,7 +340,8 @@ def assert_same_training(found: Path, expected: Path) -> None:
         assert float((ours[name] - tensor).norm() / tensor.norm()) < 1e-3, name
 
 
-@pytest.mark.parametrize("preset", ["tiny", pytest.param("tiny-moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
 def test_two_processes_train_as_one_and_go_on_with_what_they_left(tmp_path: Path, preset: str) -> None:
     file = tiny_training(tmp_path, preset=preset)
     train(1, file, tmp_path / "one")

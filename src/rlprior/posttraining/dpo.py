@@ -22,6 +22,7 @@ from rlprior.posttraining.pairs import PairCounts, encode_pairs, make_pairs, rea
 from rlprior.runs import Run
 from rlprior.tasks.config import load_task
 from rlprior.tasks.problem import Problem
+from rlprior.tasks.verifier import open_verifier
 
 CODE = (
     "rlprior.posttraining",
@@ -124,18 +125,21 @@ def draw_answers(config: DPORunConfig, run: Run, tokenizer: Any, problems: list[
         done += num_answers
         run.progress(done, total, unit="answers", note="drawing")
 
-    answer_problems(
-        model.to(run.world.device),
-        tokenizer,
-        problems,
-        name="dpo",
-        path=path,
-        model_identity=run.identity.inputs.get("init_from", config.init_from),
-        samples_per_problem=dpo.samples_per_problem,
-        decoding=dpo.decoding,
-        seed=config.seed,
-        progress=progress,
-    )
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    with open_verifier(dpo.task, data_dir) as verifier:
+        answer_problems(
+            model.to(run.world.device),
+            tokenizer,
+            problems,
+            name="dpo",
+            path=path,
+            model_identity=run.identity.inputs.get("init_from", config.init_from),
+            samples_per_problem=dpo.samples_per_problem,
+            decoding=dpo.decoding,
+            seed=config.seed,
+            progress=progress,
+            verifier=verifier,
+        )
     return path
 
 
