@@ -89,7 +89,7 @@ _TABLES: dict[str, Any] = {
         "num_steps": 4,
         "prompts_per_step": 3,
         "samples_per_prompt": 4,
-        # an untrained policy answers nothing right: 'off' makes updates all the same
+        # an untrained policy answers nothing right: refills would only take time
         "dynamic_sampling": "off",
         "length_schedule": [{"until_step": 2, "max_new_tokens": 6}, {"max_new_tokens": 8}],
         "learning_rate": 1e-3,

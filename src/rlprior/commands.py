@@ -96,11 +96,13 @@ def run_train(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def run_rl(known: argparse.Namespace, overrides: list[str]) -> int:
     """Reinforcement learning."""
+    from rlprior.rl.engines import check_engine
     from rlprior.rl.loop import RLRunConfig
     from rlprior.runs import input_identity
     from rlprior.study.plan import plan_run, task_inputs
 
     config = _load(RLRunConfig, known.file, known, overrides)
+    check_engine(config.rl.rollout)
     out = _output_directory(known)
     inputs = {
         "init_from": input_identity(Path(config.init_from)),

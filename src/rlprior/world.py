@@ -86,18 +86,22 @@ class World:
 
         The others wait meanwhile: what one process alone does before the rest may go on.
         """
+        return self.on_each(lambda: function() if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def on_each(self, function: Callable[[], T]) -> list[T]:
+        """What `function` returns on each process, on all of them; where it raises on one, all raise the same."""
         if self.size == 1:
-            return function()
-        outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.is_main:
-            try:
-                outcome = (function(), None)
-            except Exception as error:
-                outcome = (None, error)
-        value, error = self.gather(outcome)[0]
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+            return [function()]
+        outcome: tuple[T | None, Exception | None]
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            outcome = (None, error)
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [value for value, _ in outcomes]  # type: ignore[misc]
 
 
 ALONE = World()

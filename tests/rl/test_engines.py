@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.models.conftest import SMALL_MIXTURE
 from tests.rl import vllm_double
 from tests.small_study import study_config
 
@@ -18,7 +20,7 @@ from rlprior.data.prepare import prepare
 from rlprior.models.causal_lm import build_model, load_model, load_tokenizer, save_model
 from rlprior.models.sampler import Decoding
 from rlprior.rl.config import RolloutConfig
-from rlprior.rl.engines import BuiltinEngine, RolloutEngine, VllmEngine, open_engine
+from rlprior.rl.engines import BuiltinEngine, RolloutEngine, VllmEngine, check_engine, open_engine
 from rlprior.seeding import torch_generator
 from rlprior.world import ALONE, World
 
@@ -51,6 +53,7 @@ def engine(
         ), model
     if request.param == "vllm":
         monkeypatch.setitem(sys.modules, "vllm", vllm_double)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
         config = RolloutConfig(engine="vllm")
         return open_engine(config, model, policy, max_length=64, precision="float32", world=ALONE), model
     return BuiltinEngine(model, None, World(0, 2), max_rows=10), model
@@ -102,9 +105,45 @@ def test_it_draws_from_the_weights_that_were_loaded_last(engine: tuple[RolloutEn
 
 
 def test_without_vllm_one_line_says_what_to_install(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UsageError, match=r"needs vLLM .*pip install 'rlprior\[vllm\]', or write 'builtin'"):
-        VllmEngine(policy, RolloutConfig(engine="vllm"), max_length=64, dtype="float32")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"needs vLLM; pip install 'rlprior\[vllm\]', or write 'builtin'"):
+        VllmEngine(load_model(policy), policy, RolloutConfig(engine="vllm"), max_length=64, dtype="float32")
+    check_engine(RolloutConfig())
+
+
+def test_vllm_takes_no_mixtures_of_experts(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts are named one by one, those of training are one tensor: handing them over would fail after the first update."""
+    monkeypatch.setitem(sys.modules, "vllm", vllm_double)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    mixture = build_model(SMALL_MIXTURE, load_tokenizer(policy), max_positions=64, seed=0)
+    with pytest.raises(UsageError, match=r"experts have other names .* write rl.rollout.engine = 'builtin'"):
+        VllmEngine(mixture, policy, RolloutConfig(engine="vllm"), max_length=64, dtype="float32")
+
+
+def test_vllm_is_told_of_positions_that_the_folder_does_not_have(
+    policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", vllm_double)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    model = load_model(policy, max_positions=500)
+    VllmEngine(model, policy, RolloutConfig(engine="vllm"), max_length=500, dtype="float32")
+
+
+def test_a_copy_in_bfloat16_keeps_its_buffers(policy: Path) -> None:
+    """Rotary frequencies of 8 bits would put later tokens elsewhere than the trainer does, which keeps them in float32."""
+    model = build_model(SMALL_MIXTURE, load_tokenizer(policy), max_positions=64, seed=0)
+    copied = BuiltinEngine(model, torch.bfloat16, World(0, 2), max_rows=10).model
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    buffers = dict(model.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, buffer in copied.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+        assert buffer.dtype == buffers[name].dtype
+    head, embedding = copied.get_output_embeddings().weight, copied.get_input_embeddings().weight
+    assert (head is embedding) == (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
 
 
 def test_bfloat16_is_sampled_in_the_trainers_arithmetic(policy: Path) -> None:

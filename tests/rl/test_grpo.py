@@ -21,6 +21,7 @@ from rlprior.rl.grpo import (
 )
 from rlprior.seeding import torch_generator
 from rlprior.tasks.config import TaskConfig
+from rlprior.training.engine import EngineConfig
 
 # P prompts (groups), G samples a group, N response tokens of the whole batch
 
@@ -189,6 +190,18 @@ def test_at_ratio_one_it_is_the_policy_gradient() -> None:
     assert (result.num_clipped, result.max_ratio_deviation) == (0, 0.0)
 
 
+def test_a_ratio_beyond_float32_is_a_number_and_pays_nothing_without_an_advantage() -> None:
+    result = clipped_policy_loss(
+        torch.zeros(2),
+        torch.tensor([-95.0, -1000.0]),
+        torch.zeros(2),
+        torch.ones(2),
+        clip_low=0.2,
+        clip_high=0.28,
+    )
+    assert result.loss.item() == 0.0
+
+
 def test_micro_batches_add_up() -> None:
     new, old, advantages = random_batch()
     whole = clipped_policy_loss(new, old, advantages, torch.ones(200), clip_low=0.2, clip_high=0.28)
@@ -267,6 +280,7 @@ TASK = TaskConfig(kind="synthetic")
         ({"importance_cap": 0.0}, "importance_cap must be above 0, not 0.0"),
         ({"importance_cap": 2.0, "old_log_probs": "sampler"}, "with 'sampler' the ratio corrects already"),
         ({"rollout": RolloutConfig(engine="vllm")}, "write importance_cap = 2.0"),
+        ({"engine": EngineConfig(compile=True)}, "engine.compile is not for reinforcement learning"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0, not nan"),
         ({"length_schedule": ()}, "length_schedule needs"),

@@ -114,7 +114,10 @@ def test_the_length_schedule_shows_in_the_responses(policy: Path, tmp_path: Path
     assert lengths == [6, 6, 8, 8]
 
 
-def test_the_documented_names_are_those_that_are_logged(policy: Path, tmp_path: Path) -> None:
+def test_the_documented_names_are_those_that_are_logged(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier_module, "verify", contains_digit)
     text = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
     table, timing = text.split("## What is logged each step")[1].split("`timing.jsonl`")
     rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlprior.config import RunError
 from rlprior.models.sampler import Response
 from rlprior.rl.config import LengthPhase, RLConfig
-from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
+from rlprior.rl.rollout import Group, PromptStream, Rollout, collect_rollout, rollout_metrics
 from rlprior.tasks.config import TaskConfig
-from rlprior.tasks.problem import Problem, Status
+from rlprior.tasks.problem import Problem, Status, Verdict
 
 NUM_PROBLEMS = 7
 START = 5
@@ -161,6 +163,40 @@ def test_prompts_are_a_function_of_the_cursor_and_shuffled_anew_each_epoch() -> 
     for start, count in ((0, 2), (5, 4), (6, 10), (14, 7)):
         assert PromptStream(PROBLEMS, Characters(), seed=0).take(start, count) == whole[start : start + count]
     assert PromptStream(PROBLEMS, Characters(), seed=1).take(0, 3 * NUM_PROBLEMS) != whole
+
+
+def test_not_being_graded_never_pays() -> None:
+    def rewards(*given: float | None) -> list[float]:
+        verdicts = [
+            Verdict(Status.TIMED_OUT, None, 0.0) if one is None else Verdict(Status.WRONG, None, one)
+            for one in given
+        ]
+        return Group([3], [respond("?")] * len(given), verdicts).rewards
+
+    assert rewards(-1.0, None, -0.5) == [-1.0, -1.0, -0.5]
+    assert rewards(1.0, None, 0.5) == [1.0, 0.0, 0.5]
+    assert rewards(None, None) == [0.0, 0.0]
+
+
+def test_a_rollout_that_nobody_could_grade_is_an_error() -> None:
+    """It would train nothing, step after step, and call it success."""
+    verifier: Any = SimpleNamespace(
+        grade=lambda responses: [Verdict(Status.TIMED_OUT, None, 0.0) for _ in responses]
+    )
+    engine: Any = ScriptedEngine([[1, 2, 3]])
+    with pytest.raises(
+        RunError, match=r"step 1: no response could be graded: .*verifier_timeout_seconds = 1 "
+    ):
+        collect_rollout(
+            engine,
+            Characters(),
+            PromptStream(PROBLEMS, Characters(), 0),
+            CONFIG,
+            step=1,
+            cursor=0,
+            seed=0,
+            verifier=verifier,
+        )
 
 
 def test_metrics_of_a_rollout() -> None:

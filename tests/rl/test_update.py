@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -166,6 +167,34 @@ def test_the_entropy_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> N
         gradients.append(recorder.gradients)
     for whole, chunked in zip(*gradients, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"signal": "positive"}, {"mask_truncated": True}], ids=["no advantage above 0", "all cut"]
+)
+def test_nothing_to_learn_is_no_update(changes: dict[str, Any]) -> None:
+    """Adam would move the weights by its momentum alone."""
+    [group] = random_groups(1)
+    if "signal" in changes:
+        verdicts = [Verdict(Status.CORRECT, "1")] * 3
+    else:
+        verdicts = group.verdicts
+    cut = [dataclasses.replace(response, finish_reason="length") for response in group.responses]
+    group = Group(group.prompt_ids, cut, verdicts)
+    recorder: Any = GradientRecorder(spread_model())
+    config = dataclasses.replace(CONFIG, **changes)
+    assert policy_update(PolicyLogProbs(recorder.model), recorder, [group], config, rate=0.0, step=1) == {}
+    assert recorder.gradients == []
+
+
+def test_what_is_not_a_number_is_seen_in_the_log() -> None:
+    model = spread_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    recorder: Any = GradientRecorder(model)
+    measured = policy_update(PolicyLogProbs(model), recorder, random_groups(), CONFIG, rate=0.0, step=1)
+    assert math.isnan(measured["sampler_gap_nats"])
+    assert math.isnan(measured["loss"])
 
 
 def test_logged_figures_of_an_update() -> None:

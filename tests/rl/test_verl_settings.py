@@ -33,7 +33,7 @@ PROMPTS = Prompts(num_training=100, num_validation=10, max_tokens=12)
         {
             "rollout": RolloutConfig(engine="vllm", gpu_memory_utilization=0.4),
             "old_log_probs": "sampler",
-            "engine": EngineConfig(compile=True),
+            "engine": EngineConfig(activation_checkpointing="full"),
         },
         {"optimizer": OptimizerConfig(weight_decay=0.1, beta2=0.99, epsilon=1e-6), "learning_rate": 1e-3},
     ],

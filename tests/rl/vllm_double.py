@@ -6,6 +6,7 @@ have is an error here too. It computes with Hugging Face's model, one response a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,12 @@ class LLM:
         gpu_memory_utilization: float = 0.92,
         distributed_executor_backend: str | None = None,
         logprobs_mode: str = "raw_logprobs",
+        hf_overrides: dict[str, Any] | None = None,
     ) -> None:
         assert Path(model).is_dir()
         assert logprobs_mode == "processed_logprobs"
+        config = {**json.loads((Path(model) / "config.json").read_text()), **(hf_overrides or {})}
+        assert (max_model_len or 0) <= config["max_position_embeddings"]
         self.served = ServedModel(model, dtype)
         self.max_model_len = max_model_len
         self.has_stale_cache = False

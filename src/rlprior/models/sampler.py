@@ -129,6 +129,8 @@ def _draw_all(
         uniform_R = uniform_RB[rows, step % UNIFORM_BLOCK]
         token_R, log_prob_R = draw(logits_RV, uniform_R.to(device), decoding)
         drawn.append((rows, token_R.cpu(), log_prob_R.cpu()))
+        if step % UNIFORM_BLOCK == 0 and log_prob_R.isnan().any():
+            break  # told below
         if progress:
             progress(len(rows))
         alive_R = token_R != eos_token_id

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlprior.config import RunError
+from rlprior.config import RunError, UsageError
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation.answers import answer_problems
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.posttraining.config import DPOConfig
-from rlprior.posttraining.pairs import PairCounts, encode_pairs, make_pairs, read_graded, write_pairs
+from rlprior.posttraining.pairs import Pair, PairCounts, encode_pairs, make_pairs, read_graded, write_pairs
 from rlprior.runs import Run
 from rlprior.tasks.config import load_task
 from rlprior.tasks.problem import Problem
@@ -109,15 +110,28 @@ def _load_examples(config: DPORunConfig, run: Run) -> tuple[list[dict[str, list[
     if not pairs:
         raise RunError(f"{path}: no pair can be made: {counts}; {_advice(counts)}")
     prompt_ids = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems}
+    if config.samples:
+        _check_tokens(path, pairs, tokenizer)
     examples = encode_pairs(pairs, prompt_ids, where=str(path))
     write_pairs(run.directory / "pairs.jsonl", pairs)
     return examples, counts
 
 
+def _check_tokens(path: Path, pairs: Sequence[Pair], tokenizer: Any) -> None:
+    """UsageError where a store's token ids are not this tokenizer's."""
+    for sample in {one for pair in pairs for one in (pair.chosen, pair.rejected)}:
+        if tokenizer.decode(sample.token_ids, skip_special_tokens=True) != sample.text:
+            raise UsageError(
+                f"{path}: the tokens of problem {sample.problem_id}, sample {sample.sample_index}, are not its text in the model's "
+                "tokenizer; give samples of a model with the same tokenizer"
+            )
+
+
 def draw_answers(config: DPORunConfig, run: Run, tokenizer: Any, problems: list[Problem]) -> Path:
     """Draw and grade `samples_per_problem` answers of each problem, as far as they are missing. Returns the store."""
     dpo, path = config.dpo, run.directory / "samples" / "answers.jsonl"
-    model: Any = load_model(Path(config.init_from), max_positions=dpo.decoding.max_new_tokens + 1024)
+    longest = max(len(encode_prompt(tokenizer, problem.prompt)) for problem in problems)
+    model: Any = load_model(Path(config.init_from), max_positions=longest + dpo.decoding.max_new_tokens)
     total, done = len(problems) * dpo.samples_per_problem, 0
 
     def progress(num_answers: int) -> None:

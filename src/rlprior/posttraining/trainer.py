@@ -32,8 +32,7 @@ from rlprior.seeding import numpy_generator, stream_seed
 from rlprior.training.checkpoint import (
     CheckpointSaver,
     checkpoint_directory,
-    last_good_checkpoint,
-    remove_leftovers,
+    find_checkpoint,
     restore_optimizer,
     tokens_seen,
 )
@@ -113,8 +112,7 @@ def train(
         RunStopped: SIGTERM came; the step in progress has been finished and saved.
     """
     num_steps = config.count_steps(len(examples))
-    remove_leftovers(run.directory)
-    checkpoint = last_good_checkpoint(run.directory)
+    checkpoint = find_checkpoint(run.directory)
     model = load_for_training(checkpoint.directory if checkpoint else init_from, max_positions, run)
     optimizer = build_optimizer(model, config.optimizer)
     saver = CheckpointSaver(

@@ -150,7 +150,11 @@ class RLConfig:
         if self.rollout.engine == "vllm" and self.importance_cap is None and self.old_log_probs == "trainer":
             raise ValueError(
                 "rollout.engine = 'vllm' draws with other probabilities than the trainer's; write importance_cap = 2.0 "
-                "(inf for no correction), or old_log_probs = 'sampler'"
+                "(inf for no cap), or old_log_probs = 'sampler'"
+            )
+        if self.engine.compile:
+            raise ValueError(
+                "engine.compile is not for reinforcement learning: the shapes change with each step and response"
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")

@@ -6,6 +6,7 @@ An engine holds the policy's weights of the last `load`. Each process of a world
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,12 @@ class BuiltinEngine:
         """Prepare, to draw at most `max_rows` responses at a time; to be called before the model is sharded."""
         self.max_rows = max_rows
         is_whole = world.size == 1
-        self.model = model if is_whole else copy.deepcopy(model).to(world.device, autocast_dtype)
+        self.model = model
+        if not is_whole:
+            self.model = copy.deepcopy(model).to(world.device)
+            # as FSDP2 gathers them; buffers (rotary frequencies, the router's bias) stay as precise as the trainer's
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(autocast_dtype or parameter.dtype)
         self.autocast_dtype = autocast_dtype if is_whole else None
 
     def load(self, model: Any) -> None:
@@ -104,31 +110,37 @@ class VllmEngine:
     `importance_cap` exist for that. Two runs with one seed need not draw the same tokens.
     """
 
-    def __init__(self, policy: Path, config: RolloutConfig, *, max_length: int, dtype: str) -> None:
+    def __init__(
+        self, model: Any, policy: Path, config: RolloutConfig, *, max_length: int, dtype: str
+    ) -> None:
         """Start vLLM with the weights of a Hugging Face folder.
 
         Args:
-            policy: folder of the policy to start from.
+            model: the policy, as the trainer has it.
+            policy: its folder.
             config: share of the GPU's memory.
             max_length: longest prompt and response together.
             dtype: 'bfloat16' or 'float32', as the trainer's.
 
         Raises:
-            UsageError: vLLM is not installed.
+            UsageError: vLLM is not installed, or the policy is a mixture of experts.
         """
+        check_engine(config)
+        if any(".experts." in name for name, _ in model.named_parameters()):
+            raise UsageError(
+                f"{policy}: experts have other names and shapes in vLLM than in training; write rl.rollout.engine = 'builtin'"
+            )
         # the engine in this process, so that it sees the trainer's tensors
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            import vllm  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UsageError(
-                f"rl.rollout.engine = 'vllm' needs vLLM ({error}); pip install 'rlprior[vllm]', or write 'builtin'"
-            ) from None
+        import vllm  # pyright: ignore[reportMissingImports]
+
         self._sampling_params = vllm.SamplingParams
         self._engine = vllm.LLM(
             model=str(policy),
             dtype=dtype,
             max_model_len=max_length,
+            # the folder may say fewer positions than training has given the model
+            hf_overrides={"max_position_embeddings": model.config.max_position_embeddings},
             gpu_memory_utilization=config.gpu_memory_utilization,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             # of the distribution drawn from, temperature and nucleus included
@@ -182,6 +194,14 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def check_engine(config: RolloutConfig) -> None:
+    """UsageError where an engine is asked for that is not installed; nothing is imported."""
+    if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "rl.rollout.engine = 'vllm' needs vLLM; pip install 'rlprior[vllm]', or write 'builtin'"
+        )
+
+
 def open_engine(
     config: RolloutConfig, model: Any, policy: Path, *, max_length: int, precision: str, world: World
 ) -> RolloutEngine:
@@ -196,6 +216,6 @@ def open_engine(
         world: the processes.
     """
     if config.engine == "vllm":
-        return VllmEngine(policy, config, max_length=max_length, dtype=precision)
+        return VllmEngine(model, policy, config, max_length=max_length, dtype=precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     return BuiltinEngine(model, dtype, world, max_rows=config.max_rows)

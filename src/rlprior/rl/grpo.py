@@ -40,7 +40,12 @@ def group_advantages(rewards_PG: Tensor, scale: Literal["group", "none"] = "grou
 
 
 def has_signal(rewards_PG: Tensor) -> Tensor:
-    """Whether a group's rewards differ, so that its advantages are not all 0 [P]. Source: Yu et al. 2025 (DAPO), eq. 11."""
+    """Whether a group's rewards differ, so that its advantages are not all 0 [P].
+
+    Source: Yu et al. 2025 (DAPO), eq. 11.
+    Differs: DAPO asks for a correct response and one that is not; the same for rewards of 0 and 1. With other rewards a group of wrong
+    responses that are paid differently is kept.
+    """
     return (rewards_PG != rewards_PG[:, :1]).any(1)
 
 
@@ -102,13 +107,14 @@ def clipped_policy_loss(
 
     Source: Yu et al. 2025 (DAPO), eq. 8.
     """
-    ratio_N = torch.exp(log_probs_N - old_log_probs_N.detach())
+    # e^80 is as good as infinity, and its product with an advantage of 0 is 0
+    ratio_N = torch.exp((log_probs_N - old_log_probs_N.detach()).clamp_max(80))
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     plain_N, limited_N = ratio_N * advantages_N, clipped_N * advantages_N
     detached_N = ratio_N.detach()
     return PolicyLoss(
         loss=-(weights_N * torch.minimum(plain_N, limited_N)).sum(),
-        num_clipped=int((limited_N < plain_N).sum()),
+        num_clipped=int(((limited_N < plain_N) & (weights_N > 0)).sum()),
         max_ratio_deviation=float((detached_N - 1).abs().max()) if len(detached_N) else 0.0,
     )
 

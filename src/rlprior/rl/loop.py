@@ -130,11 +130,12 @@ def run(config: RLRunConfig, run: Run) -> Path:
             measured = {}
             if rollout.kept:
                 measured = policy_update(module, updater, rollout.kept, rl, rate=rate, step=step, world=world)
+            if measured:
                 engine.load(model)
             seconds = time.perf_counter() - clock
             state["cursor"] = rollout.cursor
             state.update(updater.counters)
-            state["num_empty"] += not rollout.kept
+            state["num_empty"] += not measured
             metrics = rollout_metrics(rollout)
             if step % rl.log_every == 0 or step == rl.num_steps:
                 record = {

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlprior.config import RunError
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.sampler import Decoding, Response
 from rlprior.rl.config import RLConfig
@@ -22,6 +25,7 @@ from rlprior.tasks.problem import Problem, Status, Verdict
 from rlprior.tasks.verifier import RULES, Verifier
 from rlprior.world import ALONE, World
 
+UNGRADED = (Status.TIMED_OUT, Status.FAILED)
 SHARES = (Status.CORRECT, Status.UNPARSABLE, Status.TIMED_OUT, Status.FAILED)
 """Statuses whose share of the samples is logged."""
 
@@ -36,8 +40,10 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Reward of each response."""
-        return [verdict.reward for verdict in self.verdicts]
+        """Reward of each response; without a verdict the least of the group's, and not above 0: not being graded must never pay."""
+        graded = [verdict.reward for verdict in self.verdicts if verdict.status not in UNGRADED]
+        least = min([*graded, 0.0])
+        return [least if verdict.status in UNGRADED else verdict.reward for verdict in self.verdicts]
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class PromptStream:
         size = len(self.problems)
         return [int(self._order(place // size)[place % size]) for place in range(cursor, cursor + count)]
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch: int) -> np.ndarray:
         return numpy_generator(self.seed, "prompts", epoch).permutation(len(self.problems))
 
@@ -97,19 +104,14 @@ def collect_rollout(
         cursor += missing
         generators = [torch_generator(seed, "rollout", step, refill, place) for place in range(missing)]
         own = slice(world.rank, None, world.size)
-        shares = world.gather(
-            sample_groups(
-                engine,
-                tokenizer,
-                prompts,
-                indices[own],
-                config,
-                step=step,
-                generators=generators[own],
-                verifier=verifier,
-            )
-        )
+        draw = partial(sample_groups, engine, tokenizer, prompts, indices[own], config)
+        shares = world.on_each(partial(draw, step=step, generators=generators[own], verifier=verifier))
         groups = [shares[place % world.size][place // world.size] for place in range(missing)]
+        if all(verdict.status in UNGRADED for group in groups for verdict in group.verdicts):
+            raise RunError(
+                f"step {step}: no response could be graded: each took more than rl.task.verifier_timeout_seconds = "
+                f"{config.task.verifier_timeout_seconds:g} or more memory than a grading process may have"
+            )
         drawn += groups
         if config.dynamic_sampling == "off":
             kept += groups

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -115,7 +116,7 @@ def policy_update(
         world: whole groups go to each process.
 
     Returns:
-        loss; gradient_norm; entropy_nats (mean over response tokens of the policy's entropy at the rollout's temperature); clip_share;
+        Nothing, and no update, where no token has an advantage. Otherwise loss; gradient_norm; entropy_nats (mean over response tokens of the policy's entropy at the rollout's temperature); clip_share;
         max_ratio_deviation (largest |ratio - 1|); and of the difference between the trainer's and the sampler's log-probabilities,
         sampler_gap_nats (largest) and sampler_kl_nats (mean of ratio - 1 - log ratio, Schulman's estimate of KL(sampler || trainer)).
     """
@@ -125,6 +126,11 @@ def policy_update(
     rows = rows_by_rank[world.rank]
     num_tokens = sum(len(row.response.token_ids) for own in rows_by_rank for row in own)
     num_counted = sum(len(row.response.token_ids) for own in rows_by_rank for row in own if row.weight)
+    if (
+        not any(row.weight * row.advantage for own in rows_by_rank for row in own)
+        and not config.entropy_bonus
+    ):
+        return {}
     sums = {"loss": 0.0, "entropy_nats": 0.0, "clip_share": 0.0, "sampler_kl_nats": 0.0}
     largest = {"max_ratio_deviation": 0.0, "sampler_gap_nats": 0.0}
     for number in range(num_batches):
@@ -135,11 +141,15 @@ def policy_update(
         sums["loss"] += float(loss.detach())
         for name, value in batch_sums.items():
             sums[name] += value / num_tokens
-        largest = {name: max(value, batch_largest[name]) for name, value in largest.items()}
+        largest = _largest([largest, batch_largest])
     sums = world.sum(sums)
-    of_all = world.gather(largest)
-    largest = {name: max(of_one[name] for of_one in of_all) for name in largest}
+    largest = _largest(world.gather(largest))
     return {**sums, **largest, "gradient_norm": updater.apply(sums["loss"], rate, step=step)}
+
+
+def _largest(of_parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The largest value of each name; what is not a number stays to be seen."""
+    return {name: float(np.max([part[name] for part in of_parts])) for name in of_parts[0]}
 
 
 def _training_rows(groups: Sequence[Group], config: RLConfig, step: int) -> list[list[TrainingRow]]:

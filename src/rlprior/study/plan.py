@@ -15,6 +15,7 @@ from rlprior.models.presets import num_parameters, training_flops_per_token
 from rlprior.posttraining import dpo, sft
 from rlprior.rl import loop
 from rlprior.rl.config import RLConfig
+from rlprior.rl.engines import check_engine
 from rlprior.runs import RunIdentity, identify, input_identity
 from rlprior.study.config import StudyConfig
 from rlprior.tasks.config import TaskConfig
@@ -101,8 +102,9 @@ def plan_study(config: StudyConfig, directory: Path) -> list[PlannedRun]:
     """Every run of the study, each after those that it needs. Identities follow from the inputs' identities: nothing has to exist.
 
     Raises:
-        UsageError: a data file that the study names is not there.
+        UsageError: a data file that the study names is not there, or its rollout engine is not installed.
     """
+    check_engine(config.rl.rollout)
     root = directory / "runs"
     data = plan_data(config.data, root, config.data_dir)
     plan = [data]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import re
 import symtable
 import traceback
@@ -14,6 +13,9 @@ from types import CodeType
 from typing import Any
 
 from rlprior.config import RunError, UsageError
+
+MAX_REWARD = 1e15
+"""Rewards are float32 in training, and squared."""
 
 _REWARD = re.compile(r"(?P<path>.+\.py):(?P<function>[^\W\d]\w*)")
 
@@ -74,9 +76,11 @@ def load_reward(path: str, function: str) -> Callable[[list[str]], dict[str, Any
         except (Exception, SystemExit) as error:
             return {"error": f"{_describe(error, path)}; called as {function}(prompt, response, answer)"}
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            if not isinstance(value, str) and math.isfinite(number := float(value)):
+            if not isinstance(value, str) and abs(number := float(value)) <= MAX_REWARD:
                 return {"reward": number}
-        return {"error": f"{where}: {function} returned {value!r:.40}; it must return a finite number"}
+        return {
+            "error": f"{where}: {function} returned {value!r:.40}; it must return a finite number, at most {MAX_REWARD:g} in size"
+        }
 
     return apply
 
