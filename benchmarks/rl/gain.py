@@ -1,7 +1,8 @@
 """What reinforcement learning did to one arm of a study: held-out accuracy before and after with its interval, and what came beside it.
 
-    rlprior study examples/rl-200-steps.toml --out runs/rl-200 --workers 2
-    python -m benchmarks.rl.gain runs/rl-200 --arm ce --out benchmarks/results/rl-gain-refill.json
+    python -m benchmarks.rl.gain runs/rl-200 --arm ce --out results/rl-200-steps/refill.json
+
+The folder is that of a study; results/README.md has the command of `rl-200-steps`.
 
 Intervals are Student's t over seeds, as in the report; with three seeds they are wide.
 """
