@@ -44,7 +44,10 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     ),
     "rl": (
         "reinforcement learning with verifiable rewards, from a Hugging Face folder",
-        ["rlprior rl rl.toml --init-from runs/ce/checkpoints/step-00000400 --out runs/ce-rl"],
+        [
+            "rlprior rl rl.toml --init-from runs/ce/checkpoints/step-00000400 --out runs/ce-rl",
+            "torchrun --nproc-per-node 8 -m rlprior rl rl.toml --init-from MODEL --out runs/ce-rl",
+        ],
     ),
     "export-rl": (
         "the same reinforcement learning for a distributed engine: model, prompts, reward and configuration in one folder",
