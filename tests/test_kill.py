@@ -144,7 +144,7 @@ def test_reinforcement_learning_killed_five_times(tmp_path: Path) -> None:
     whole, killed = [*common, "--out", tmp_path / "whole"], [*common, "--out", tmp_path / "killed"]
     assert run_cli(*whole, cwd=tmp_path).returncode == 0
     metrics = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
-    assert sum(record.get("gradient_norm", 0.0) > 0 for record in metrics) > 60
+    assert sum(record.get("gradient_norm", 0.0) > 0 for record in metrics) > 30
     kill_several_times(killed, tmp_path / "killed", tmp_path, num_kills=5)
     assert run_cli(*killed, cwd=tmp_path).returncode == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -44,3 +44,17 @@ def test_where_ctrl_c_was_blocked_it_stays_blocked() -> None:
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_process_ends_with_its_code_and_all_that_it_said(world_size: str) -> None:
+    """Of several, without Python's clearing up, whose buffers would be lost."""
+    script = "from rlprior.world import end_process; print('all', end=''); end_process(3)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "WORLD_SIZE": world_size},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "all")

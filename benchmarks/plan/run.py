@@ -43,7 +43,7 @@ from rlprior.training.language_model import TrainingConfig, train_step
 from rlprior.training.memory import TrainingJob, memory_by_moment, peak
 from rlprior.training.planning import executed_flops_per_token
 from rlprior.training.update import Updater
-from rlprior.world import World, join_world
+from rlprior.world import World, end_process, join_world
 
 VOCABULARY = 4096
 # preset, rows of a process, rows of a micro-batch, positions of a row, recomputation, processes, precision
@@ -275,7 +275,7 @@ def main() -> None:
             measured = how(arguments.case, world)
             if world.is_main:
                 print(json.dumps(measured))
-        return
+        end_process(0)
     results: list[dict[str, Any]] = []
     for case in (dict(zip(CASE_KEYS, values, strict=True)) for values in CASES):
         if arguments.only in (None, case["preset"]):

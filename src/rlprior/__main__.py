@@ -1,7 +1,6 @@
 """`python -m rlprior`."""
 
-import sys
-
 from rlprior.cli import main
+from rlprior.world import end_process
 
-sys.exit(main())
+end_process(main())

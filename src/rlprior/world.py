@@ -5,14 +5,13 @@ torchrun --nproc-per-node 8 -m rlprior train train.toml --out runs/big
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
-import gc
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +126,20 @@ def join_world() -> Iterator[World]:
     # plain data and offloaded weights go over gloo; others wait while the first process writes and hashes a checkpoint
     backend = "cpu:gloo,cuda:nccl" if ALONE.device_type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-    # sharded models are reference cycles that keep gloo's threads alive; one that frees a tensor while Python ends aborts
-    atexit.register(gc.collect)
     try:
         yield World(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End with this exit code; one of several processes without Python's own clearing up.
+
+    A thread of gloo's may still be about to free a tensor, and one that does so while Python ends aborts the process. Everything that
+    a run keeps is on disk by then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

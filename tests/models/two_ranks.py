@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from rlprior.models.balancing import ExpertBalancer
 from rlprior.models.causal_lm import huggingface_config, new_model
-from rlprior.world import World, join_world
+from rlprior.world import World, end_process, join_world
 
 NUM_STEPS = 3
 
@@ -40,6 +40,7 @@ def main() -> None:
     with join_world() as world:
         assert_same_biases(world, expected)
     print("same biases")
+    end_process(0)
 
 
 def assert_same_biases(world: World, expected: torch.Tensor) -> None:
