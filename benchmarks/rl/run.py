@@ -47,7 +47,8 @@ def main() -> None:
     from rlprior.runs import provenance
 
     report = {
-        "command": "python -m benchmarks.rl.run " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.rl.run "
+        + " ".join(sys.argv[1:]).replace(str(arguments.init_from), arguments.init_from.name),
         **provenance(),
         "steps": arguments.steps,
         "samples": arguments.steps * PROMPTS_PER_STEP * SAMPLES_PER_PROMPT,
@@ -139,7 +140,7 @@ def _write_config(directory: Path, num_steps: int) -> Path:
         "dynamic_sampling": "off",
         "learning_rate": LEARNING_RATE,
         "warmup_steps": WARMUP_STEPS,
-        "micro_batch_rows": PROMPTS_PER_STEP * SAMPLES_PER_PROMPT,
+        "micro_batch_rows": 32,
         "save_every": num_steps,
     }
     file = directory / "rl.toml"
