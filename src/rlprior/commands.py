@@ -152,8 +152,8 @@ def run_dpo(known: argparse.Namespace, overrides: list[str]) -> int:
     """Direct preference optimization."""
     from rlprior.posttraining import require_trl
     from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
-    from rlprior.posttraining.pairs import grades_of
     from rlprior.runs import input_identity
+    from rlprior.samples.grades import grades_of
     from rlprior.study.plan import plan_run, task_inputs
 
     require_trl("dpo")

@@ -36,6 +36,20 @@ def numpy_generator(seed: int, *names: str | int) -> numpy.random.Generator:
     return numpy.random.default_rng(stream_seed(seed, *names))
 
 
+def shuffled_places(size: int, places: range, seed: int, *names: str | int) -> list[int]:
+    """Which of `size` items stands at each place of an endless stream that is shuffled anew each pass: a function of (seed, names, place).
+
+    >>> sorted(shuffled_places(3, range(3), 0, "prompts")), len(shuffled_places(3, range(2, 7), 0, "prompts"))
+    ([0, 1, 2], 5)
+    """
+    passes = range(places.start // size, -(-places.stop // size))
+    items = [
+        item for number in passes for item in numpy_generator(seed, *names, number).permutation(size).tolist()
+    ]
+    offset = passes.start * size
+    return items[places.start - offset : places.stop - offset]
+
+
 def torch_generator(seed: int, *names: str | int) -> torch.Generator:
     """CPU torch generator of a named stream."""
     import torch

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlprior.posttraining.pairs import grades_of
-from rlprior.samples.grades import Grade, write_grades
+from rlprior.samples.grades import Grade, grades_of, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
 from rlprior.tasks.problem import Problem
 

@@ -23,10 +23,12 @@ from rlprior.models.presets import ModelConfig
 from rlprior.models.sampler import Decoding
 from rlprior.posttraining.config import DPOConfig, SFTConfig
 from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
-from rlprior.posttraining.pairs import grades_of, make_pairs, read_graded
+from rlprior.posttraining.pairs import make_pairs, read_graded
 from rlprior.posttraining.sft import SFTRunConfig
-from rlprior.posttraining.trainer import Conductor, example_order
+from rlprior.posttraining.trainer import Conductor
 from rlprior.runs import read_jsonl
+from rlprior.samples.grades import grades_of
+from rlprior.seeding import shuffled_places
 from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem, Status, Verdict
@@ -124,7 +126,7 @@ def test_every_figure_is_that_of_the_formula(
     pairs, _ = make_pairs(*read_graded(store), max_pairs_per_prompt=2, seed=0)
     prompts = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems()}
     rows: list[list[float]] = []
-    for place in example_order(len(pairs), 0, range(4, 8)):
+    for place in shuffled_places(len(pairs), range(4, 8), 0, "examples"):
         pair = pairs[place]
         prompt, lengths = (
             prompts[pair.problem_id],

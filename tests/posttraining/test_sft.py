@@ -25,8 +25,9 @@ from rlprior.posttraining import trainer as trainer_module
 from rlprior.posttraining.config import SFTConfig, UpdatesConfig
 from rlprior.posttraining.examples import encode_example, load_completions, read_completions
 from rlprior.posttraining.sft import SFTRunConfig
-from rlprior.posttraining.trainer import Conductor, example_order
+from rlprior.posttraining.trainer import Conductor
 from rlprior.runs import read_jsonl
+from rlprior.seeding import shuffled_places
 from rlprior.tasks.config import TaskConfig
 from rlprior.training import checkpoint as checkpoint_module
 from rlprior.training.checkpoint import CheckpointSaver, checkpoint_directory, tokens_seen
@@ -135,13 +136,13 @@ def test_settings_that_make_no_sense(table: dict[str, Any], message: str) -> Non
 
 
 def test_each_pass_takes_every_example_once_and_goes_on_anywhere() -> None:
-    whole = example_order(7, 3, range(30))
+    whole = shuffled_places(7, range(30), 3, "examples")
     for start in range(0, 28, 7):
         assert sorted(whole[start : start + 7]) == list(range(7))
     assert whole[:7] != whole[7:14]
     for start, stop in itertools.combinations(range(0, 31, 5), 2):
-        assert example_order(7, 3, range(start, stop)) == whole[start:stop]
-    firsts = Counter(example_order(7, seed, range(1))[0] for seed in range(700))
+        assert shuffled_places(7, range(start, stop), 3, "examples") == whole[start:stop]
+    firsts = Counter(shuffled_places(7, range(1), seed, "examples")[0] for seed in range(700))
     # 100 each, standard deviation 9
     assert len(firsts) == 7
     assert min(firsts.values()) > 55
@@ -193,7 +194,7 @@ def test_an_update_is_the_projects_own_on_the_same_tokens(
     (record,) = train(model, tmp_path / "run", **changes, decay="constant")
     tokenizer = load_tokenizer(model)
     pairs = load_completions(SFT, seed=0, data_dir=None)
-    order = example_order(len(pairs), 0, range(SFT.batch_size))
+    order = shuffled_places(len(pairs), range(SFT.batch_size), 0, "examples")
     examples = [encode_example(tokenizer, *pairs[place]) for place in order]
     assert len({len(example["input_ids"]) for example in examples}) > 1, "padding has to matter"
     expected: Any = load_model(model).train()

@@ -16,10 +16,10 @@ from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
 from rlprior.runs import file_hash
 from rlprior.samples.estimators import cons_at_m
-from rlprior.samples.grades import Grade, grade, read_grades, write_grades
+from rlprior.samples.grades import Grade, grade, grades_of, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
 from rlprior.seeding import torch_generator
-from rlprior.tasks.problem import Problem, Status
+from rlprior.tasks.problem import UNGRADED, Problem, Status
 from rlprior.tasks.verifier import RULES, Verifier
 from rlprior.tasks.verify import canonical_answer
 
@@ -70,7 +70,7 @@ def answer_problems(
             store.append(_draw(model, tokenizer, batch, samples_per_problem, decoding, generators))
         progress(len(batch) * samples_per_problem)
     pools = store.pool(list(by_id), samples_per_problem)
-    grades_path = path.with_suffix(".grades.jsonl")
+    grades_path = grades_of(path)
     # grades hold for this verifier, these samples and these gold answers
     gold = [[problem.id, problem.answer, problem.written_answer] for problem in problems]
     grader = f"{verifier.version}-{fingerprint([file_hash(path), gold])}"
@@ -140,7 +140,7 @@ def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int)
         columns["consensus"].append(consensus.score)
         columns["consensus_tied"].append(consensus.tied)
         columns["num_truncated"].append(sum(one.finish_reason == "length" for one in pool))
-        for status in (Status.UNPARSABLE, Status.TIMED_OUT, Status.FAILED):
+        for status in (Status.UNPARSABLE, *UNGRADED):
             columns[f"num_{status}"].append(statuses[status])
         columns["num_tokens"].append(sum(one.num_tokens for one in pool))
     return columns

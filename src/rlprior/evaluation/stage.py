@@ -21,7 +21,7 @@ from rlprior.evaluation.likelihood import (
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.runs import Run, read_jsonl, write_atomically
 from rlprior.tasks.config import load_task
-from rlprior.tasks.problem import Problem, Status
+from rlprior.tasks.problem import UNGRADED, Problem
 from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import MANIFEST_FILE, checkpoint_directory
 
@@ -36,8 +36,6 @@ CODE = (
     "rlprior.data.tokenizer",
     "rlprior.seeding",
 )
-UNGRADED = (Status.TIMED_OUT, Status.FAILED)
-"""Statuses that a rules-only verifier never gives: a reader hears of them where there are any."""
 SEED = 0
 """Questions and sampling of evaluations do not change with the seed of training: all runs meet the same ones."""
 
@@ -233,6 +231,7 @@ def _describe_task(name: str, task: dict[str, Any]) -> str:
     m, correct = task["num_samples"], np.array(task["num_correct"])
     total = m * len(correct)
     labels = {"num_truncated": "cut", "num_unparsable": "unparsable"}
+    # a reader hears of these where there are any
     labels |= {f"num_{one}": one.replace("_", " ") for one in UNGRADED if any(task[f"num_{one}"])}
     shares = [f"{label} {sum(task[key]) / total:.1%}" for key, label in labels.items()]
     return (

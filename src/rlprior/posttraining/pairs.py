@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlprior.config import RunError, UsageError
 from rlprior.runs import read_jsonl, write_atomically
-from rlprior.samples.grades import Grade, read_grades
+from rlprior.samples.grades import Grade, grades_of, read_grades
 from rlprior.samples.store import Sample, read_samples
 from rlprior.seeding import numpy_generator
 
@@ -49,11 +49,6 @@ class PairCounts:
             f"{self.num_pairs} pairs from {self.num_prompts_paired} of {self.num_prompts} prompts "
             f"({self.num_prompts_without_correct} without a correct answer, {self.num_prompts_without_rejected} without one to reject)"
         )
-
-
-def grades_of(samples_path: Path) -> Path:
-    """Where the grades of a store of samples lie: beside it."""
-    return samples_path.with_suffix(".grades.jsonl")
 
 
 def read_graded(samples_path: Path) -> tuple[list[Sample], list[Grade]]:

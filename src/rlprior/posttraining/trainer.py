@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
@@ -28,7 +27,7 @@ from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
 from rlprior.posttraining.config import UpdatesConfig
 from rlprior.runs import Run, RunStopped, catch_termination
-from rlprior.seeding import numpy_generator, stream_seed
+from rlprior.seeding import shuffled_places, stream_seed
 from rlprior.training.checkpoint import (
     CheckpointSaver,
     checkpoint_directory,
@@ -131,9 +130,8 @@ def train(
     with catch_termination() as is_asked_to_stop, _without_trl_warnings():
         conductor = Conductor(run, config, saver, state, num_done, num_steps, seed, is_asked_to_stop)
         if num_done < num_steps:
-            order = example_order(
-                len(examples), seed, range(num_done * config.batch_size, num_steps * config.batch_size)
-            )
+            places = range(num_done * config.batch_size, num_steps * config.batch_size)
+            order = shuffled_places(len(examples), places, seed, "examples")
             trainer = make(
                 model,
                 trainer_options(config, run, num_steps - num_done),
@@ -168,14 +166,6 @@ def load_for_training(path: Path, max_positions: int, run: Run) -> Any:
 def is_milestone(config: UpdatesConfig, step: int, num_steps: int) -> bool:
     """Whether the checkpoint of `step` is kept."""
     return step == num_steps or (config.eval_every > 0 and step % config.eval_every == 0)
-
-
-def example_order(num_examples: int, seed: int, places: range) -> list[int]:
-    """Which example stands at each place of an endless stream that is shuffled anew each pass: a function of (seed, place)."""
-    passes = range(places.start // num_examples, -(-places.stop // num_examples))
-    orders = [numpy_generator(seed, "examples", number).permutation(num_examples) for number in passes]
-    offset = passes.start * num_examples
-    return np.concatenate(orders)[places.start - offset : places.stop - offset].tolist()
 
 
 def trainer_options(config: UpdatesConfig, run: Run, num_steps: int) -> dict[str, Any]:

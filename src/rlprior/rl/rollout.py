@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +19,11 @@ from rlprior.models.sampler import Decoding, Response
 from rlprior.rl.config import RLConfig
 from rlprior.rl.engines import RolloutEngine
 from rlprior.rl.grpo import has_signal
-from rlprior.seeding import numpy_generator, torch_generator
-from rlprior.tasks.problem import Problem, Status, Verdict
+from rlprior.seeding import shuffled_places, torch_generator
+from rlprior.tasks.problem import UNGRADED, Problem, Status, Verdict
 from rlprior.tasks.verifier import RULES, Verifier
 from rlprior.world import ALONE, World
 
-UNGRADED = (Status.TIMED_OUT, Status.FAILED)
 SHARES = (Status.CORRECT, Status.UNPARSABLE, Status.TIMED_OUT, Status.FAILED)
 """Statuses whose share of the samples is logged."""
 
@@ -71,12 +69,8 @@ class PromptStream:
 
     def take(self, cursor: int, count: int) -> list[int]:
         """Indices of the problems at cursors `cursor` to `cursor + count - 1`."""
-        size = len(self.problems)
-        return [int(self._order(place // size)[place % size]) for place in range(cursor, cursor + count)]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _order(self, epoch: int) -> np.ndarray:
-        return numpy_generator(self.seed, "prompts", epoch).permutation(len(self.problems))
+        places = range(cursor, cursor + count)
+        return shuffled_places(len(self.problems), places, self.seed, "prompts")
 
 
 def collect_rollout(

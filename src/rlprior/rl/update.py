@@ -116,21 +116,20 @@ def policy_update(
         world: whole groups go to each process.
 
     Returns:
-        Nothing, and no update, where no token has an advantage. Otherwise loss; gradient_norm; entropy_nats (mean over response tokens of the policy's entropy at the rollout's temperature); clip_share;
-        max_ratio_deviation (largest |ratio - 1|); and of the difference between the trainer's and the sampler's log-probabilities,
+        Nothing, and no update, where no token has an advantage. Otherwise loss; gradient_norm; entropy_nats (mean over response tokens of
+        the policy's entropy at the rollout's temperature); clip_share; max_ratio_deviation (largest |ratio - 1|); and of the difference between the trainer's and the sampler's log-probabilities,
         sampler_gap_nats (largest) and sampler_kl_nats (mean of ratio - 1 - log ratio, Schulman's estimate of KL(sampler || trainer)).
     """
-    rows_by_rank = share_out(_training_rows(groups, config, step), world.size)
+    rows_of_groups = _training_rows(groups, config, step)
+    all_rows = [row for rows in rows_of_groups for row in rows]
+    if not config.entropy_bonus and not any(row.weight * row.advantage for row in all_rows):
+        return {}
+    rows_by_rank = share_out(rows_of_groups, world.size)
     # every process takes part in each collective call: those with fewer rows end with empty batches
     num_batches = max(-(-len(rows) // config.micro_batch_rows) for rows in rows_by_rank)
     rows = rows_by_rank[world.rank]
-    num_tokens = sum(len(row.response.token_ids) for own in rows_by_rank for row in own)
-    num_counted = sum(len(row.response.token_ids) for own in rows_by_rank for row in own if row.weight)
-    if (
-        not any(row.weight * row.advantage for own in rows_by_rank for row in own)
-        and not config.entropy_bonus
-    ):
-        return {}
+    num_tokens = sum(len(row.response.token_ids) for row in all_rows)
+    num_counted = sum(len(row.response.token_ids) for row in all_rows if row.weight)
     sums = {"loss": 0.0, "entropy_nats": 0.0, "clip_share": 0.0, "sampler_kl_nats": 0.0}
     largest = {"max_ratio_deviation": 0.0, "sampler_gap_nats": 0.0}
     for number in range(num_batches):

@@ -72,6 +72,11 @@ def write_grades(path: Path, grades: Sequence[Grade], *, grader: str) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def grades_of(samples_path: Path) -> Path:
+    """Where the grades of a store of samples lie: beside it."""
+    return samples_path.with_suffix(".grades.jsonl")
+
+
 def read_grades(path: Path, *, grader: str) -> list[Grade] | None:
     """Grades by that version of the grader; None where there are none, or only another version's."""
     header, *records = read_jsonl(path) or [{}]

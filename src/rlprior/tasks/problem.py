@@ -23,6 +23,10 @@ class Status(enum.StrEnum):
     """Cut by the length limit before an answer was finished."""
 
 
+UNGRADED = (Status.TIMED_OUT, Status.FAILED)
+"""What rules alone never give: nothing is known of the response."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of one response.
