@@ -18,12 +18,14 @@ ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
 
 
 class VerdictLike(Protocol):
-    """What a verifier returns: a status and the canonical answer, None where none could be extracted."""
+    """What a verifier returns: a status, the canonical answer (None where none could be extracted), and a second grader's status or None."""
 
     @property
     def status(self) -> str: ...
     @property
     def extracted(self) -> str | None: ...
+    @property
+    def second_status(self) -> str | None: ...
 
 
 class Grader(Protocol[ProblemT_contra]):
@@ -36,12 +38,18 @@ class Grader(Protocol[ProblemT_contra]):
 
 @dataclass(frozen=True)
 class Grade:
-    """Verdict on one sample: the status's text, and the canonical answer or None."""
+    """Verdict on one sample: the status's text, the canonical answer or None, and what a second grader says, None without one."""
 
     problem_id: str
     sample_index: int
     status: str
     extracted: str | None
+    second_status: str | None = None
+
+    @property
+    def is_disputed(self) -> bool:
+        """Whether two graders disagree."""
+        return self.second_status not in (None, self.status)
 
 
 def grade(
@@ -60,7 +68,13 @@ def grade(
             raise RunError(f"sample {sample.sample_index} answers the unknown problem {sample.problem_id!r}")
         responses.append((problem, sample.text, sample.finish_reason == "length"))
     return [
-        Grade(sample.problem_id, sample.sample_index, str(verdict.status), verdict.extracted)
+        Grade(
+            sample.problem_id,
+            sample.sample_index,
+            str(verdict.status),
+            verdict.extracted,
+            None if verdict.second_status is None else str(verdict.second_status),
+        )
         for sample, verdict in zip(samples, grader(responses), strict=True)
     ]
 

@@ -6,6 +6,7 @@ import enum
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Status(enum.StrEnum):
@@ -35,11 +36,13 @@ class Verdict:
         status: what it counts as.
         extracted: its answer in canonical form, None where none could be extracted.
         given_reward: what a user's reward function said, None without one.
+        second_status: what a second grader says by itself, None without one; where it differs the verdict is disputed.
     """
 
     status: Status
     extracted: str | None
     given_reward: float | None = field(default=None, repr=False)
+    second_status: Status | None = field(default=None, repr=False)
 
     @property
     def reward(self) -> float:
@@ -60,6 +63,8 @@ class Problem:
         answer: the answer alone; of a multiple-choice question its letter.
         written_answer: the answer as a file writes it, where that is not `answer`: for whoever reads more than canonical forms.
         choices: of a multiple-choice question, in the order of their letters.
+        group: part of a benchmark that has a score of its own (a subject, a subtask); empty where there is one part alone.
+        reference: plain data that a grader needs beyond `answer`: other accepted answers, a program's tests, instructions to follow.
     """
 
     id: str
@@ -70,6 +75,8 @@ class Problem:
     answer: str
     written_answer: str | None = None
     choices: tuple[str, ...] = ()
+    group: str = ""
+    reference: Any = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
