@@ -27,6 +27,7 @@ SAMPLE = Sample(
 class Outcome:
     status: str
     extracted: str | None
+    second_status: str | None = None
 
 
 def judge(responses: Sequence[tuple[str, str, bool]]) -> list[Outcome]:
