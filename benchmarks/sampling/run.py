@@ -181,10 +181,12 @@ def _sample(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int, se
     groups = sample(
         model,
         prompts,
-        samples_per_prompt=SAMPLES_PER_PROMPT,
         decoding=Decoding(max_new_tokens=limit),
         eos_token_id=tokenizer.eos_token_id,
-        generators=[torch_generator(seed, number) for number in range(len(prompts))],
+        generators=[
+            [torch_generator(seed, number, index) for index in range(SAMPLES_PER_PROMPT)]
+            for number in range(len(prompts))
+        ],
     )
     return [len(response.token_ids) for group in groups for response in group]
 

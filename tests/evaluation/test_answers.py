@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rlprior.config import RunError
 from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
 from rlprior.evaluation import answers as answers_module
-from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline
+from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline, questions_of
 from rlprior.models.causal_lm import build_model, load_tokenizer
 from rlprior.models.sampler import Decoding, Response
 from rlprior.runs import read_jsonl
@@ -99,6 +100,7 @@ def test_counts_by_hand(policy: tuple[Any, Any], tmp_path: Path, monkeypatch: py
         "num_unparsable": [1, 2, 0, 2],
         "num_timed_out": [0, 0, 0, 0],
         "num_failed": [0, 0, 0, 0],
+        "num_disputed": [0, 0, 0, 0],
         "num_tokens": lengths,
     }
     assert sum(progress) == 16
@@ -119,7 +121,8 @@ def test_what_is_asked_is_the_prompt_at_the_start_of_a_document(
     ((prompts, options),) = asked
     tokenizer = policy[1]
     assert [tokenizer.decode(ids) for ids in prompts] == [f"<|bos|>{problem.prompt}" for problem in problems]
-    assert (options["decoding"], options["samples_per_prompt"]) == (DECODING, 4)
+    assert options["decoding"] == DECODING
+    assert [len(group) for group in options["generators"]] == [4] * len(problems)
     assert options["eos_token_id"] == tokenizer.eos_token_id
 
 
@@ -131,7 +134,7 @@ def test_an_interrupted_pool_is_filled_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     crashed_batch: int,
 ) -> None:
-    monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 8)  # two problems a batch, three batches
+    monkeypatch.setattr(answers_module, "MAX_ROWS", 8)  # two problems a batch, three batches
     expected, _ = answer(policy, problems, tmp_path / "whole" / "pool.jsonl")
     path = tmp_path / "crashed" / "pool.jsonl"
     with monkeypatch.context() as patch:
@@ -180,22 +183,22 @@ def test_samples_of_one_problem_differ_and_seeds_matter(
     assert len({tuple(texts) for texts in pools[0]}) == len(problems)
 
 
-def test_each_problem_has_a_random_stream_of_its_own(
+def test_each_sample_has_a_random_stream_of_its_own(
     policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same stream again would tie the luck of one problem to that of another."""
+    """The same stream again would tie the luck of one sample to that of another."""
     seeds: list[int] = []
     original = answers_module.sample
 
-    def record(*args: Any, generators: list[torch.Generator], **options: Any) -> Any:
-        seeds.extend(generator.initial_seed() for generator in generators)
+    def record(*args: Any, generators: list[list[torch.Generator]], **options: Any) -> Any:
+        seeds.extend(generator.initial_seed() for group in generators for generator in group)
         return original(*args, generators=generators, **options)
 
-    monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(answers_module, "MAX_ROWS", 8)
     monkeypatch.setattr(answers_module, "sample", record)
     for name in ("sums", "other"):
         answer(policy, problems, tmp_path / f"{name}.jsonl", name=name)
-    assert len(seeds) == len(set(seeds)) == 2 * len(problems)
+    assert len(seeds) == len(set(seeds)) == 2 * 4 * len(problems)
 
 
 def test_frequent_answers_by_hand() -> None:
@@ -231,3 +234,84 @@ def test_another_verifier_regrades_the_same_samples(
     assert (by_rules["num_correct"], by_math["num_correct"]) == ([1], [3])
     # answers vote as they are written: two for 2+3, one for each other
     assert (by_rules["consensus"], by_math["consensus"]) == ([0.0], [1.0])
+
+
+def test_more_samples_are_drawn_to_those_there_are(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, num_drawn = tmp_path / "pool.jsonl", []
+    original = answers_module.sample
+
+    def count(*args: Any, **options: Any) -> Any:
+        num_drawn.append(sum(map(len, options["generators"])))
+        return original(*args, **options)
+
+    monkeypatch.setattr(answers_module, "sample", count)
+    answer(policy, problems, path)
+    few = path.read_bytes()
+    columns, progress = answer(policy, problems, path, samples_per_problem=16)
+    assert num_drawn == [4 * len(problems), 12 * len(problems)]
+    assert path.read_bytes().startswith(few)
+    assert progress == num_drawn  # what was there counts as done
+    at_once, _ = answer(policy, problems, tmp_path / "at_once.jsonl", samples_per_problem=16)
+    assert columns == at_once  # a sample is a function of its number, not of who was drawn beside it
+    assert answer(policy, problems, path)[0]["num_tokens"] != columns["num_tokens"]  # four of sixteen
+    again, _ = answer(policy, problems, path, samples_per_problem=16)
+    assert again == columns
+
+
+def test_long_prompts_keep_their_end_and_few_rows_share_the_memory(
+    policy: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = policy
+    batches: list[tuple[list[int], int]] = []
+    original = answers_module.sample
+
+    def record(model: Any, prompts: Any, **options: Any) -> Any:
+        batches.append(([len(prompt) for prompt in prompts], len(options["generators"][0])))
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr(answers_module, "sample", record)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 50)
+    monkeypatch.setattr(answers_module, "_max_batch_tokens", lambda _: 3 * 50)
+    problems = [
+        Problem(id=name, task="t", difficulty=1, prompt=f"{name} " * 60 + "A:", solution="", answer="5")
+        for name in "ab"
+    ]
+    answer(policy, problems, tmp_path / "pool.jsonl")
+    room = 50 - DECODING.max_new_tokens
+    assert batches == [([room], 3), ([room], 1)] * 2
+    monkeypatch.setattr(model.config, "max_position_embeddings", DECODING.max_new_tokens)
+    with pytest.raises(RunError, match="leaves no room"):
+        answer(policy, problems, tmp_path / "other.jsonl")
+
+
+def test_a_stop_string_ends_a_response_and_is_no_part_of_it(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    free, stopped = tmp_path / "free.jsonl", tmp_path / "stopped.jsonl"
+    decoding = Decoding(max_new_tokens=40)
+    answer(policy, problems, free, decoding=decoding)
+    answer(policy, problems, stopped, decoding=dataclasses.replace(decoding, stop=("e",)))
+    long, short = (
+        [one for line in read_jsonl(path)[1:] for one in line["samples"]] for path in (free, stopped)
+    )
+    assert any("e" in one["text"] for one in long)
+    for whole, cut in zip(long, short, strict=True):
+        assert cut["text"] == whole["text"].partition("e")[0]
+        assert cut["token_ids"] == whole["token_ids"][: cut["num_tokens"]]
+        assert (cut["finish_reason"] == "stop") == ("e" in whole["text"] or whole["finish_reason"] == "stop")
+        if "e" in whole["text"]:
+            tokenizer = policy[1]
+            assert "e" in tokenizer.decode(cut["token_ids"])
+            assert "e" not in tokenizer.decode(cut["token_ids"][:-1])
+
+
+def test_what_was_asked_lies_beside_the_samples(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    answer(policy, problems, tmp_path / "pool.jsonl")
+    asked = read_jsonl(questions_of(tmp_path / "pool.jsonl"))
+    assert [(one["id"], one["prompt"], one["answer"]) for one in asked] == [
+        (problem.id, problem.prompt, problem.answer) for problem in problems
+    ]

@@ -100,7 +100,11 @@ def test_the_report_reads_what_the_stage_writes(
     for name in ("num_correct", "consensus", "num_truncated", "num_unparsable", "num_tokens"):
         assert getattr(task, name).tolist() == scores[name], name
     decoding = CONFIG.evaluation.decoding
-    assert (task.temperature, task.top_p, task.max_new_tokens) == dataclasses.astuple(decoding)
+    assert (task.temperature, task.top_p, task.max_new_tokens) == (
+        decoding.temperature,
+        decoding.top_p,
+        decoding.max_new_tokens,
+    )
 
 
 CRASHES = {
@@ -116,7 +120,7 @@ def test_a_crash_changes_no_byte(
     study: tuple[Path, list[PlannedRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr(
-        answers_module, "ROWS_PER_BATCH", 16
+        answers_module, "MAX_ROWS", 16
     )  # four problems of four samples, two batches at the end
     planned = find_run(study[1], "evaluate pretrain ce s0")
     whole, crashed = (

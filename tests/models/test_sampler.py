@@ -27,12 +27,19 @@ def draw_samples(
     model: Any, prompts: Sequence[Sequence[int]] = PROMPTS, **changes: Any
 ) -> list[list[Response]]:
     decoding = Decoding(
-        **{name: changes.pop(name) for name in ("temperature", "top_p", "max_new_tokens") if name in changes}
+        **{
+            name: changes.pop(name)
+            for name in ("temperature", "top_p", "max_new_tokens", "stop")
+            if name in changes
+        }
     )
+    samples_per_prompt, seed = changes.pop("samples_per_prompt", 4), changes.pop("seed", 0)
     settings: dict[str, Any] = {
-        "samples_per_prompt": 4,
         "eos_token_id": NEVER,
-        "generators": [torch_generator(0, "samples", number) for number in range(len(prompts))],
+        "generators": [
+            [torch_generator(seed, number, index) for index in range(samples_per_prompt)]
+            for number in range(len(prompts))
+        ],
         **changes,
     }
     with evaluation_mode(model):
@@ -315,7 +322,6 @@ def test_a_batch_that_has_ended_is_not_drawn_further(model: Any) -> None:
         samples_per_prompt=1,
         max_new_tokens=50,
         eos_token_id=first[0],
-        # the first uniform number of one row and of four is the same
         progress=drawn.append,
     )[0]
     assert drawn == [1]
@@ -333,8 +339,7 @@ def test_progress_counts_the_tokens(model: Any) -> None:
 
 def test_the_seed_decides_everything(model: Any) -> None:
     def tokens(seed: int) -> list[list[int]]:
-        generators = [torch_generator(seed, number) for number in range(len(PROMPTS))]
-        groups = draw_samples(model, max_new_tokens=6, generators=generators)
+        groups = draw_samples(model, max_new_tokens=6, seed=seed)
         return [r.token_ids for r in flat(groups)]
 
     before = torch.get_rng_state()
@@ -343,18 +348,19 @@ def test_the_seed_decides_everything(model: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_a_prompt_draws_does_not_depend_on_the_others(model: Any) -> None:
-    """So that ranks and batches can share prompts out as they like. Past the first block of uniform numbers too."""
+def test_what_a_sample_draws_does_not_depend_on_the_others(model: Any) -> None:
+    """So that ranks, batches and later runs can share samples out as they like. Past the first block of uniform numbers too."""
     together = draw_samples(model, max_new_tokens=70)
-    for number in (0, 3):
-        generators = [torch_generator(0, "samples", number)]
-        [alone] = draw_samples(model, [PROMPTS[number]], max_new_tokens=70, generators=generators)
-        assert [r.token_ids for r in alone] == [r.token_ids for r in together[number]]
+    for number, index in ((0, 0), (3, 2)):
+        generators = [[torch_generator(0, number, index)]]
+        [[alone]] = draw_samples(model, [PROMPTS[number]], max_new_tokens=70, generators=generators)
+        assert alone.token_ids == together[number][index].token_ids
 
 
-def test_there_is_a_generator_for_each_prompt(model: Any) -> None:
-    with pytest.raises(ValueError, match="1 generators for 5 prompts"):
-        draw_samples(model, generators=[torch_generator(0)])
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1, 2], [0, 0, 0, 0, 0]])
+def test_each_prompt_has_as_many_generators(model: Any, counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="generators for 5 prompts"):
+        draw_samples(model, generators=[[torch_generator(0)] * count for count in counts])
 
 
 def test_an_empty_prompt_is_refused(model: Any) -> None:
@@ -393,3 +399,31 @@ def test_a_diverged_model_is_named(model: Any) -> None:
 def test_decoding_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Decoding(**changes)
+
+
+# stop strings
+
+
+def letters(token_ids: Sequence[int]) -> str:
+    """A tokenizer whose tokens are single letters."""
+    return "".join(chr(ord("a") + token_id % 26) for token_id in token_ids)
+
+
+@pytest.mark.parametrize("stop", [("e",), ("ab", "q"), ("xyz", "m")])
+def test_the_first_stop_string_ends_a_response(model: Any, stop: tuple[str, ...]) -> None:
+    free = flat(draw_samples(model, max_new_tokens=90))
+    ended = flat(draw_samples(model, max_new_tokens=90, stop=stop, decode=letters))
+    assert any(any(string in letters(response.token_ids) for string in stop) for response in free)
+    for whole, cut in zip(free, ended, strict=True):
+        text = letters(whole.token_ids)
+        ends = [text.find(string) + len(string) for string in stop if string in text]
+        assert cut.token_ids == whole.token_ids[: min(ends, default=90)]
+        assert cut.finish_reason == ("stop" if ends else "length")
+        assert cut.log_probs == pytest.approx(whole.log_probs[: len(cut.log_probs)], abs=1e-5)
+
+
+def test_stop_strings_need_the_tokens_text(model: Any) -> None:
+    with pytest.raises(ValueError, match="needs `decode`"):
+        draw_samples(model, stop=("e",))
+    with pytest.raises(ValueError, match="empty string"):
+        Decoding(stop=("",))

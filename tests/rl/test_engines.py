@@ -60,10 +60,10 @@ def engine(
 
 
 def draw(engine: RolloutEngine, seed: int = 0) -> Any:
-    generators = [torch_generator(seed, number) for number in range(len(PROMPTS))]
-    return engine.sample(
-        PROMPTS, samples_per_prompt=5, decoding=DECODING, eos_token_id=EOS, generators=generators
-    )
+    generators = [
+        [torch_generator(seed, number, index) for index in range(5)] for number in range(len(PROMPTS))
+    ]
+    return engine.sample(PROMPTS, decoding=DECODING, eos_token_id=EOS, generators=generators)
 
 
 def test_log_probabilities_are_the_policys(engine: tuple[RolloutEngine, Any]) -> None:

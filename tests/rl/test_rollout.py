@@ -54,16 +54,15 @@ class ScriptedEngine:
 
     def load(self, model: Any) -> None: ...
 
-    def sample(
-        self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, **rest: Any
-    ) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[Sequence[int]], **rest: Any) -> list[list[Response]]:
         counts = self.script[len(self.calls)]
         asked = [
             int("".join(chr(token) for token in prompt[1:] if chr(token).isdigit())) for prompt in prompts
         ]
         assert all(prompt[0] == Characters.bos_token_id for prompt in prompts)
-        seeds = [generator.initial_seed() for generator in rest["generators"]]
-        assert len(seeds) == len(set(seeds)) == len(prompts)
+        seeds = [generator.initial_seed() for group in rest["generators"] for generator in group]
+        samples_per_prompt = len(rest["generators"][0])
+        assert len(seeds) == len(set(seeds)) == len(prompts) * samples_per_prompt
         self.calls.append({"asked": asked, "seeds": seeds, **rest})
         return [
             [respond(f" #### {number if i < correct else 'no'}") for i in range(samples_per_prompt)]
@@ -141,7 +140,7 @@ def test_each_draw_has_a_random_stream_of_its_own() -> None:
     for step, seed in ((1, 0), (2, 0), (1, 1)):
         _, engine = roll_out([[0, 0, 0], [0, 0, 0]], step=step, seed=seed, max_refills=1)
         seeds |= {seed for call in engine.calls for seed in call["seeds"]}
-    assert len(seeds) == 18
+    assert len(seeds) == 72
     _, again = roll_out([[0, 0, 0], [0, 0, 0]], max_refills=1)
     assert {seed for call in again.calls for seed in call["seeds"]} < seeds
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlprior.config import fingerprint
+from rlprior.config import RunError, fingerprint
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
-from rlprior.runs import file_hash
+from rlprior.models.stopping import cut_at_stop
+from rlprior.runs import file_hash, write_atomically
 from rlprior.samples.estimators import cons_at_m
 from rlprior.samples.grades import Grade, grade, grades_of, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
@@ -23,8 +25,10 @@ from rlprior.tasks.problem import UNGRADED, Problem, Status
 from rlprior.tasks.verifier import RULES, Verifier
 from rlprior.tasks.verify import canonical_answer
 
-ROWS_PER_BATCH = 512
-"""Responses sampled together: enough to fill the processor, few enough for their caches to stay small."""
+MAX_ROWS = 512
+"""Responses sampled together: enough to fill the processor."""
+MAX_CACHE_BYTES = 2**31
+"""Of the keys and values of the responses sampled together, which long prompts would make larger."""
 
 
 def answer_problems(
@@ -46,34 +50,41 @@ def answer_problems(
     Args:
         model, tokenizer: who answers.
         problems: what is asked.
-        name: of the task; with the problem it decides the random numbers, so that every model meets the same ones.
-        path: sample store; its grades lie beside it.
+        name: of the task; with the problem and the sample's number it decides the random numbers, so that every model meets the same
+            ones, and more samples are drawn to those there are.
+        path: sample store; its grades and the questions lie beside it.
         model_identity: of the weights.
         samples_per_problem: pool size m.
         decoding: temperature, nucleus, length.
         seed: of the sampling.
-        progress: called with the number of responses each batch adds.
+        progress: called with the number of responses that were there, and that each batch adds.
         verifier: who grades.
 
     Returns:
         Columns with one entry a problem: problem_ids, num_correct, consensus (expected Cons@m), consensus_tied, num_truncated,
-        num_unparsable, num_timed_out, num_failed (the statuses of that name), num_tokens.
+        num_unparsable, num_timed_out, num_failed (the statuses of that name), num_disputed (two graders disagree), num_tokens.
     """
     key = StoreKey(model_hash=model_identity, task=name, decoding=dataclasses.asdict(decoding), seed=seed)
     store = SampleStore.open(path, key)
     by_id = {problem.id: problem for problem in problems}
-    problems_per_batch = max(1, ROWS_PER_BATCH // samples_per_problem)
-    for start in range(0, len(problems), problems_per_batch):
-        batch = problems[start : start + problems_per_batch]
-        if store.missing([problem.id for problem in batch], samples_per_problem):
-            generators = [torch_generator(seed, "answers", name, problem.id) for problem in batch]
-            store.append(_draw(model, tokenizer, batch, samples_per_problem, decoding, generators))
-        progress(len(batch) * samples_per_problem)
+    prompts = {problem.id: _encode_end(model, tokenizer, problem, decoding) for problem in problems}
+    missing = _missing_indices(store, list(by_id), samples_per_problem)
+    progress(len(by_id) * samples_per_problem - sum(map(len, missing.values())))
+    for batch, indices in _batches(missing, prompts, _max_batch_tokens(model), decoding.max_new_tokens):
+        asked = [by_id[problem_id] for problem_id in batch]
+        generators = [
+            [torch_generator(seed, "answers", name, problem.id, index) for index in indices]
+            for problem in asked
+        ]
+        ids = [prompts[problem_id] for problem_id in batch]
+        store.append(_draw(model, tokenizer, asked, ids, indices, decoding, generators))
+        progress(len(batch) * len(indices))
+    write_questions(questions_of(path), problems)
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = grades_of(path)
     # grades hold for this verifier, these samples and these gold answers
-    gold = [[problem.id, problem.answer, problem.written_answer] for problem in problems]
-    grader = f"{verifier.version}-{fingerprint([file_hash(path), gold])}"
+    gold = [[problem.id, problem.answer, problem.written_answer, problem.reference] for problem in problems]
+    grader = f"{verifier.version}-{fingerprint([file_hash(path), samples_per_problem, gold])}"
     grades = read_grades(grades_path, grader=grader)
     if grades is None:
         grades = grade([one for pool in pools for one in pool], by_id, verifier.grade)
@@ -81,37 +92,123 @@ def answer_problems(
     return _columns(pools, grades, samples_per_problem)
 
 
+def _encode_end(model: Any, tokenizer: Any, problem: Problem, decoding: Decoding) -> list[int]:
+    """Token ids of a prompt; the end of them where the whole leaves no room for a response in the model's positions.
+
+    Raises:
+        RunError: a response alone has no room.
+    """
+    ids = encode_prompt(tokenizer, problem.prompt)
+    max_positions = getattr(model.config, "max_position_embeddings", None)
+    if max_positions is None:
+        return ids
+    room = max_positions - decoding.max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"max_new_tokens = {decoding.max_new_tokens} leaves no room for a prompt in the model's {max_positions} "
+            "positions; write a smaller one"
+        )
+    return ids[-room:]
+
+
+def _missing_indices(store: SampleStore, problem_ids: Sequence[str], m: int) -> dict[str, tuple[int, ...]]:
+    """Of each problem that lacks samples, which."""
+    missing: dict[str, list[int]] = {}
+    for problem_id, index in store.missing(problem_ids, m):
+        missing.setdefault(problem_id, []).append(index)
+    return {problem_id: tuple(indices) for problem_id, indices in missing.items()}
+
+
+def _max_batch_tokens(model: Any) -> int:
+    """Positions, of all rows together, whose keys and values fit into `MAX_CACHE_BYTES`."""
+    config = model.config
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
+    return MAX_CACHE_BYTES // bytes_per_token
+
+
+def _batches(
+    missing: Mapping[str, tuple[int, ...]],
+    prompts: Mapping[str, Sequence[int]],
+    max_batch_tokens: int,
+    max_new_tokens: int,
+) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Problems in order that lack the same samples, as many together as fit; where one problem's do not, some of them at a time."""
+    batch: list[str] = []
+    length, indices = 0, ()
+    for problem_id, lacking in missing.items():
+        longest = max(length, len(prompts[problem_id]) + max_new_tokens)
+        max_rows = min(MAX_ROWS, max(1, max_batch_tokens // longest))
+        if batch and (lacking != indices or (len(batch) + 1) * len(lacking) > max_rows):
+            yield batch, indices
+            batch, length = [], 0
+            longest = len(prompts[problem_id]) + max_new_tokens
+            max_rows = min(MAX_ROWS, max(1, max_batch_tokens // longest))
+        if len(lacking) > max_rows:
+            for start in range(0, len(lacking), max_rows):
+                yield [problem_id], lacking[start : start + max_rows]
+            continue
+        batch.append(problem_id)
+        length, indices = longest, lacking
+    if batch:
+        yield batch, indices
+
+
 def _draw(
     model: Any,
     tokenizer: Any,
     problems: Sequence[Problem],
-    m: int,
+    prompts: Sequence[list[int]],
+    indices: Sequence[int],
     decoding: Decoding,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Sequence[torch.Generator]],
 ) -> list[Sample]:
-    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    def decode(token_ids: Sequence[int]) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=True)
+
     with evaluation_mode(model):
         groups = sample(
             model,
             prompts,
-            samples_per_prompt=m,
             decoding=decoding,
             eos_token_id=tokenizer.eos_token_id,
             generators=generators,
+            decode=decode,
         )
     return [
         Sample(
             problem_id=problem.id,
             sample_index=index,
             token_ids=tuple(response.token_ids),
-            text=tokenizer.decode(response.token_ids, skip_special_tokens=True),
+            text=cut_at_stop(decode(response.token_ids), decoding.stop),
             finish_reason=response.finish_reason,
             log_prob_nats=sum(response.log_probs),
             num_tokens=len(response.token_ids),
         )
         for problem, responses in zip(problems, groups, strict=True)
-        for index, response in enumerate(responses)
+        for index, response in zip(indices, responses, strict=True)
     ]
+
+
+def questions_of(samples_path: Path) -> Path:
+    """Where the questions of a store of samples lie: beside it."""
+    return samples_path.with_suffix(".questions.jsonl")
+
+
+def write_questions(path: Path, problems: Sequence[Problem]) -> None:
+    """What was asked, a line each, for whoever reads the samples without the task's files."""
+    records = [
+        {
+            "id": problem.id,
+            "prompt": problem.prompt,
+            "answer": problem.written_answer or problem.answer,
+            "choices": problem.choices,
+            "group": problem.group,
+        }
+        for problem in problems
+    ]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int) -> dict[str, list[Any]]:
@@ -126,6 +223,7 @@ def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int)
             "num_unparsable",
             "num_timed_out",
             "num_failed",
+            "num_disputed",
             "num_tokens",
         )
     }
@@ -142,6 +240,7 @@ def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int)
         columns["num_truncated"].append(sum(one.finish_reason == "length" for one in pool))
         for status in (Status.UNPARSABLE, *UNGRADED):
             columns[f"num_{status}"].append(statuses[status])
+        columns["num_disputed"].append(sum(one.is_disputed for one in graded))
         columns["num_tokens"].append(sum(one.num_tokens for one in pool))
     return columns
 

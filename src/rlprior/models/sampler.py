@@ -1,12 +1,13 @@
 """Batched sampling with a key-value cache: prompts prefilled once a group, finished rows dropped as it goes.
 
-The uniform numbers of a prompt's samples come from a generator of its own: what they draw does not depend on the other prompts of the
-batch, up to the rounding of products of more or fewer rows. The same call gives the same bytes.
+The uniform numbers of a sample come from a generator of its own: what it draws does not depend on the other samples of the batch, up to
+the rounding of products of more or fewer rows. The same call gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 
 from rlprior.config import RunError
 from rlprior.models.onednn import multiplying_with_onednn
+from rlprior.models.stopping import StopStrings
 
 # R rows (samples), P prompts, T positions, V vocabulary, B steps of a block
 
@@ -30,11 +32,13 @@ class Decoding:
         temperature: divides the logits; above 0.
         top_p: nucleus: the smallest set of most probable tokens whose mass reaches it, in (0, 1]; the token that crosses is kept.
         max_new_tokens: a response that is longer is cut ('length').
+        stop: strings of which the first to appear ends a response; it is no part of the answer, but its tokens were drawn.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 4096
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -43,11 +47,13 @@ class Decoding:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not all(self.stop):
+            raise ValueError("stop holds an empty string, which every response begins with; leave it out")
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled continuation; `token_ids` ends with the end-of-text token where `finish_reason` is 'stop'.
+    """One sampled continuation; where `finish_reason` is 'stop', `token_ids` ends with the end-of-text token or what completed a stop string.
 
     `log_probs` are natural logarithms under the sampling distribution (temperature and nucleus included), one a token.
     """
@@ -61,53 +67,60 @@ def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    samples_per_prompt: int,
     decoding: Decoding,
     eos_token_id: int,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Sequence[torch.Generator]],
+    decode: Callable[[Sequence[int]], str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Response]]:
-    """Draw `samples_per_prompt` continuations of each prompt.
+    """Draw as many continuations of each prompt as it has generators.
 
     Args:
         model: a Hugging Face causal model, in evaluation mode.
         prompts: token ids of each prompt, not empty; lengths may differ.
-        samples_per_prompt: group size.
-        decoding: temperature, nucleus, length.
+        decoding: temperature, nucleus, length, stop strings.
         eos_token_id: ends a response.
-        generators: one a prompt: source of the uniform numbers of its samples, one a sample and step.
+        generators: of each prompt, one a sample, the same number for all: source of a uniform number a step.
+        decode: text of token ids, which stop strings need.
         progress: called with the number of tokens drawn in each step.
 
     Returns:
         responses[prompt][sample].
 
     Raises:
-        ValueError: a prompt is empty, or there are not as many generators as prompts.
+        ValueError: a prompt is empty, the generators do not fit the prompts, or stop strings are given without `decode`.
         RunError: the model's logits are not numbers.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty; give it at least one token")
-    if len(generators) != len(prompts):
-        raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts")
+    counts = {len(group) for group in generators}
+    if len(generators) != len(prompts) or len(counts) > 1 or 0 in counts:
+        raise ValueError(
+            f"{len(generators)} lists of {sorted(counts)} generators for {len(prompts)} prompts; give each prompt as many as samples"
+        )
+    if decoding.stop and decode is None:
+        raise ValueError("decoding.stop needs `decode`, the text of token ids")
+    stops = StopStrings(decoding.stop, decode) if decode and decoding.stop else None
+    by_row = list(itertools.chain.from_iterable(generators))
     with torch.inference_mode(), multiplying_with_onednn(model):
-        drawn = _draw_all(model, prompts, samples_per_prompt, decoding, eos_token_id, generators, progress)
-    return _responses(drawn, len(prompts) * samples_per_prompt, samples_per_prompt, eos_token_id)
+        drawn = _draw_all(model, prompts, by_row, decoding, eos_token_id, stops, progress)
+    return _responses(drawn, len(by_row), len(generators[0]), eos_token_id, stops.ended if stops else set())
 
 
 def _draw_all(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    samples_per_prompt: int,
+    generators: Sequence[torch.Generator],
     decoding: Decoding,
     eos_token_id: int,
-    generators: Sequence[torch.Generator],
+    stops: StopStrings | None,
     progress: Callable[[int], None] | None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Rows, their tokens and log-probabilities, of each step."""
     from rlprior.models.cache import repeat_rows
 
     device = head_device(model)
-    num_rows = len(prompts) * samples_per_prompt
+    num_rows, samples_per_prompt = len(generators), len(generators) // len(prompts)
     ids_PT, mask_PT = _pad_left(prompts, device)
     output = model(
         input_ids=ids_PT,
@@ -125,7 +138,7 @@ def _draw_all(
     uniform_RB = torch.empty(0)
     for step in range(decoding.max_new_tokens):
         if step % UNIFORM_BLOCK == 0:
-            uniform_RB = _uniform_block(generators, samples_per_prompt)
+            uniform_RB = _uniform_block(generators)
         uniform_R = uniform_RB[rows, step % UNIFORM_BLOCK]
         token_R, log_prob_R = draw(logits_RV, uniform_R.to(device), decoding)
         drawn.append((rows, token_R.cpu(), log_prob_R.cpu()))
@@ -134,6 +147,8 @@ def _draw_all(
         if progress:
             progress(len(rows))
         alive_R = token_R != eos_token_id
+        if stops:
+            alive_R &= ~torch.tensor(stops.read(rows.tolist(), token_R.tolist()), device=device)
         num_alive = int(alive_R.sum())
         if step + 1 == decoding.max_new_tokens or num_alive == 0:
             break
@@ -154,10 +169,9 @@ def _draw_all(
     return drawn
 
 
-def _uniform_block(generators: Sequence[torch.Generator], samples_per_prompt: int) -> Tensor:
+def _uniform_block(generators: Sequence[torch.Generator]) -> Tensor:
     """Uniform numbers of the next `UNIFORM_BLOCK` steps of every row [R, B], float64."""
-    shape = (samples_per_prompt, UNIFORM_BLOCK)
-    return torch.cat([torch.rand(shape, generator=one, dtype=torch.float64) for one in generators])
+    return torch.stack([torch.rand(UNIFORM_BLOCK, generator=one, dtype=torch.float64) for one in generators])
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -254,7 +268,11 @@ def keep_nucleus(log_probs_RV: Tensor, top_p: float) -> Tensor:
 
 
 def _responses(
-    drawn: Sequence[tuple[Tensor, Tensor, Tensor]], num_rows: int, samples_per_prompt: int, eos_token_id: int
+    drawn: Sequence[tuple[Tensor, Tensor, Tensor]],
+    num_rows: int,
+    samples_per_prompt: int,
+    eos_token_id: int,
+    ended: Set[int],
 ) -> list[list[Response]]:
     """Groups of responses, from the rows, tokens and log-probabilities of each step."""
     rows, tokens, log_probs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
@@ -265,8 +283,14 @@ def _responses(
     order = torch.sort(rows, stable=True).indices
     lengths = torch.bincount(rows, minlength=num_rows).tolist()
     responses = [
-        Response(ids.tolist(), values.tolist(), "stop" if ids[-1] == eos_token_id else "length")
-        for ids, values in zip(tokens[order].split(lengths), log_probs[order].split(lengths), strict=True)
+        Response(
+            ids.tolist(),
+            values.tolist(),
+            "stop" if ids[-1] == eos_token_id or row in ended else "length",
+        )
+        for row, (ids, values) in enumerate(
+            zip(tokens[order].split(lengths), log_probs[order].split(lengths), strict=True)
+        )
     ]
     return [responses[i : i + samples_per_prompt] for i in range(0, num_rows, samples_per_prompt)]
 

@@ -34,19 +34,17 @@ class RolloutEngine(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        samples_per_prompt: int,
         decoding: Decoding,
         eos_token_id: int,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[Sequence[torch.Generator]],
     ) -> list[list[Response]]:
         """Responses of each prompt, with the log-probabilities of the distribution that they were drawn from.
 
         Args:
             prompts: token ids of each, at least one prompt.
-            samples_per_prompt: group size.
             decoding: temperature, nucleus, length.
             eos_token_id: ends a response.
-            generators: one a prompt, so that what is drawn does not depend on the process that draws it.
+            generators: of each prompt, one a sample: what is drawn does not depend on the process that draws it.
         """
         ...
 
@@ -81,21 +79,19 @@ class BuiltinEngine:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        samples_per_prompt: int,
         decoding: Decoding,
         eos_token_id: int,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[Sequence[torch.Generator]],
     ) -> list[list[Response]]:
         """As `RolloutEngine.sample`."""
         device = next(self.model.parameters()).device
-        size = max(1, self.max_rows // samples_per_prompt)
+        size = max(1, self.max_rows // len(generators[0]))
         responses: list[list[Response]] = []
         with evaluation_mode(self.model), autocast(device, self.autocast_dtype):
             for start in range(0, len(prompts), size):
                 responses += sample(
                     self.model,
                     prompts[start : start + size],
-                    samples_per_prompt=samples_per_prompt,
                     decoding=decoding,
                     eos_token_id=eos_token_id,
                     generators=generators[start : start + size],
@@ -158,16 +154,16 @@ class VllmEngine:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        samples_per_prompt: int,
         decoding: Decoding,
         eos_token_id: int,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[Sequence[torch.Generator]],
     ) -> list[list[Response]]:
         """As `RolloutEngine.sample`."""
-        seeds = [int(torch.randint(2**31, (1,), generator=generator)) for generator in generators]
+        # vLLM takes one seed a prompt, and makes the samples' of it
+        seeds = [int(torch.randint(2**31, (1,), generator=group[0])) for group in generators]
         params = [
             self._sampling_params(
-                n=samples_per_prompt,
+                n=len(generators[0]),
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_new_tokens,

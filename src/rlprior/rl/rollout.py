@@ -96,7 +96,13 @@ def collect_rollout(
         missing = config.prompts_per_step - len(kept)
         indices = prompts.take(cursor, missing)
         cursor += missing
-        generators = [torch_generator(seed, "rollout", step, refill, place) for place in range(missing)]
+        generators = [
+            [
+                torch_generator(seed, "rollout", step, refill, place, sample)
+                for sample in range(config.samples_per_prompt)
+            ]
+            for place in range(missing)
+        ]
         own = slice(world.rank, None, world.size)
         draw = partial(sample_groups, engine, tokenizer, prompts, indices[own], config)
         shares = world.on_each(partial(draw, step=step, generators=generators[own], verifier=verifier))
@@ -129,15 +135,14 @@ def sample_groups(
     config: RLConfig,
     *,
     step: int,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Sequence[torch.Generator]],
     verifier: Verifier,
 ) -> list[Group]:
-    """Draw and grade `samples_per_prompt` responses of each problem."""
+    """Draw and grade a response of each problem with each of its generators."""
     if not indices:  # with fewer prompts than processes
         return []
     batches = engine.sample(
         [prompts.prompt_ids[index] for index in indices],
-        samples_per_prompt=config.samples_per_prompt,
         decoding=Decoding(temperature=config.temperature, max_new_tokens=config.max_new_tokens(step)),
         eos_token_id=tokenizer.eos_token_id,
         generators=generators,
