@@ -315,3 +315,17 @@ def test_what_was_asked_lies_beside_the_samples(
     assert [(one["id"], one["prompt"], one["answer"]) for one in asked] == [
         (problem.id, problem.prompt, problem.answer) for problem in problems
     ]
+
+
+def test_a_problem_that_was_asked_in_other_words_is_refused(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.jsonl"
+    answer(policy, problems[:3], path)
+    answer(policy, problems, path)  # more of them is no other run
+    assert len(read_jsonl(questions_of(path))) == len(problems)
+    before = path.read_bytes()
+    other = [dataclasses.replace(problem, prompt=f"Hm. {problem.prompt}") for problem in problems]
+    with pytest.raises(RunError, match="was asked with another prompt"):
+        answer(policy, other, path)
+    assert path.read_bytes() == before

@@ -16,7 +16,7 @@ from rlprior.data.tokenizer import encode_prompt
 from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
 from rlprior.models.stopping import cut_at_stop
-from rlprior.runs import file_hash, write_atomically
+from rlprior.runs import file_hash, read_jsonl, write_atomically
 from rlprior.samples.estimators import cons_at_m
 from rlprior.samples.grades import Grade, grade, grades_of, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
@@ -66,6 +66,7 @@ def answer_problems(
     """
     key = StoreKey(model_hash=model_identity, task=name, decoding=dataclasses.asdict(decoding), seed=seed)
     store = SampleStore.open(path, key)
+    write_questions(questions_of(path), problems)
     by_id = {problem.id: problem for problem in problems}
     prompts = {problem.id: _encode_end(model, tokenizer, problem, decoding) for problem in problems}
     missing = _missing_indices(store, list(by_id), samples_per_problem)
@@ -79,7 +80,6 @@ def answer_problems(
         ids = [prompts[problem_id] for problem_id in batch]
         store.append(_draw(model, tokenizer, asked, ids, indices, decoding, generators))
         progress(len(batch) * len(indices))
-    write_questions(questions_of(path), problems)
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = grades_of(path)
     # grades hold for this verifier, these samples and these gold answers
@@ -197,18 +197,30 @@ def questions_of(samples_path: Path) -> Path:
 
 
 def write_questions(path: Path, problems: Sequence[Problem]) -> None:
-    """What was asked, a line each, for whoever reads the samples without the task's files."""
-    records = [
-        {
-            "id": problem.id,
-            "prompt": problem.prompt,
-            "answer": problem.written_answer or problem.answer,
-            "choices": problem.choices,
-            "group": problem.group,
-        }
-        for problem in problems
-    ]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Add what is asked to what was, a line each, for whoever reads the samples without the task's files.
+
+    Raises:
+        RunError: a problem was asked in other words before: its samples answer another prompt.
+    """
+    records = {record["id"]: record for record in read_jsonl(path)}
+    num_before = len(records)
+    for problem in problems:
+        known = records.setdefault(
+            problem.id,
+            {
+                "id": problem.id,
+                "prompt": problem.prompt,
+                "answer": problem.written_answer or problem.answer,
+                "choices": problem.choices,
+                "group": problem.group,
+            },
+        )
+        if known["prompt"] != problem.prompt:
+            raise RunError(
+                f"{path}: problem {problem.id} was asked with another prompt; use another directory"
+            )
+    if len(records) > num_before:
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records.values()))
 
 
 def _columns(pools: Sequence[Sequence[Sample]], grades: Sequence[Grade], m: int) -> dict[str, list[Any]]:
