@@ -1,23 +1,36 @@
-"""Verifiers of whole batches: by rules alone, by rules and then math-verify, or by a user's reward function."""
+"""Verifiers of whole batches: by rules alone, by rules and then math-verify, by exact text, or by a user's reward function."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import re
+import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlprior.config import RunError
 from rlprior.runs import code_fingerprint, input_identity
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.equivalence import is_one_answer
 from rlprior.tasks.problem import Problem, Status, Verdict
-from rlprior.tasks.verify import find_answer, verify
+from rlprior.tasks.verify import (
+    MAX_READ_CHARACTERS,
+    canonical_answer,
+    find_answer,
+    is_number,
+    stated_answer,
+    verify,
+)
 from rlprior.tasks.workers import WorkerPool
 
 Response = tuple[Problem, str, bool]
 """Problem, text that follows its prompt, and whether the length limit cut it."""
+
+_MODULES = ("rlprior.tasks.verify", "rlprior.tasks.verifier")
+"""What verdicts without an engine depend on."""
 
 
 class Verifier(Protocol):
@@ -123,6 +136,91 @@ class RewardVerifier:
             status = Status.CORRECT if result["reward"] >= 1 else missed
             verdicts.append(Verdict(status, None, result["reward"]))
         return verdicts
+
+
+_PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u00b4"
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_LETTER = re.compile(r"\(?([a-z])\)?")
+
+
+class AliasVerifier:
+    """Short free text (TriviaQA, NQ-open): the first line of the response, normalised, is one of the accepted answers.
+
+    Accepted are `problem.answer` and the texts of `problem.reference["aliases"]`. Case, articles, punctuation and spacing do not count.
+
+    Args:
+        punctuation_becomes: what a punctuation mark is read as: nothing (SQuAD, NQ-open) or a space (TriviaQA).
+
+    Source: `normalize_answer` and exact match of SQuAD's and TriviaQA's own evaluation scripts (arXiv:1606.05250, arXiv:1705.03551).
+    Differs: typographic quotes are punctuation in both; what normalisation leaves nothing of ("The The") is compared without it.
+    """
+
+    def __init__(self, *, punctuation_becomes: Literal["", " "] = "") -> None:
+        self._punctuation = str.maketrans(dict.fromkeys(_PUNCTUATION, punctuation_becomes))
+
+    @property
+    def version(self) -> str:
+        kind = "spaced-" if " " in self._punctuation.values() else ""
+        return f"alias-{kind}{code_fingerprint(_MODULES)}"
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order."""
+        return [self._grade(*response) for response in responses]
+
+    def _grade(self, problem: Problem, response: str, truncated: bool) -> Verdict:
+        line, line_end, _ = response[:MAX_READ_CHARACTERS].lstrip().partition("\n")
+        answer = self._normalise(line)
+        if not answer or (truncated and not line_end):
+            return Verdict(Status.TRUNCATED if truncated else Status.UNPARSABLE, None)
+        accepted = [problem.answer, *(problem.reference or {}).get("aliases", ())]
+        correct = answer in {self._normalise(alias) for alias in accepted}
+        return Verdict(Status.CORRECT if correct else Status.WRONG, answer)
+
+    def _normalise(self, text: str) -> str:
+        lowered = unicodedata.normalize("NFC", text).lower()
+        bare = _ARTICLES.sub(" ", lowered.translate(self._punctuation)).split()
+        return " ".join(bare or lowered.split())
+
+
+class ExactVerifier:
+    """Exact text after "the answer is" (BIG-Bench Hard): what its last occurrence states is the gold answer, but for case and spacing.
+
+    Equal numbers are equal, `(B)` is `B`, and a final full stop does not count. A problem with `choices` (MMLU with worked answers: "The
+    answer is (C).") is graded by its letter, as `verify` does.
+
+    Source: prompts and evaluation of BIG-Bench Hard (arXiv:2210.09261), "So the answer is X."; of MMLU with chain of thought (arXiv:2210.11416).
+    Differs: of several occurrences the last one counts; stop strings decide what of a response is read at all.
+    """
+
+    @property
+    def version(self) -> str:
+        return f"exact-{code_fingerprint(_MODULES)}"
+
+    def grade(self, responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict for each response, in order."""
+        return [self._grade(*response) for response in responses]
+
+    def _grade(self, problem: Problem, response: str, truncated: bool) -> Verdict:
+        if problem.choices:
+            return verify(problem, response, truncated=truncated)
+        answer = _exact_text(response)
+        # of a response that was cut, an answer that one more digit would change was not finished
+        if not answer or (truncated and _exact_text(response + "0") != answer):
+            return Verdict(Status.TRUNCATED if truncated else Status.UNPARSABLE, None)
+        correct = answer == _normalise_exactly(problem.answer)
+        return Verdict(Status.CORRECT if correct else Status.WRONG, answer)
+
+
+def _exact_text(response: str) -> str:
+    return _normalise_exactly(stated_answer(response[-MAX_READ_CHARACTERS:]) or "")
+
+
+def _normalise_exactly(text: str) -> str:
+    bare = " ".join(text.replace("**", "").split()).strip("\"'").removesuffix(".").casefold().strip()
+    if is_number(bare):
+        return canonical_answer(bare)
+    letter = _LETTER.fullmatch(bare)
+    return letter[1] if letter else bare
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ MAX_NUMBER_CHARACTERS = 100
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _STATED = re.compile(
-    r"the\s+(?:final\s+)?answer\s+is\b(?:[ \t]+(?:then|therefore|thus))?[ \t]*:?(?P<rest>[^\n]*)",
+    r"the\s+(?:final\s+)?answer\s+is\b(?:[ \t]+(?:then|therefore|thus))?[ \t]*:?(?=(?P<rest>[^\n]*))",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####(?P<rest>[^\n#]*)")
@@ -85,7 +85,7 @@ class Answer:
 def find_answer(response: str, choices: Sequence[str] = ()) -> Answer | None:
     """The final answer of a response, None where it states none: with `choices`, a letter of one of them."""
     tail = response[-MAX_READ_CHARACTERS:]
-    candidates = [last_boxed(tail), _after_last(_STATED, tail), _after_last(_HASHES, tail)]
+    candidates = [last_boxed(tail), stated_answer(tail), _after_last(_HASHES, tail)]
     if choices:
         candidates.append(response if response == tail else None)
     for text in candidates:
@@ -139,6 +139,15 @@ def last_boxed(text: str) -> str | None:
         elif token.endswith("{") and token != r"\{":
             open_braces.append((match.end(), token != "{"))
     return None if best is None else text[best[0] : best[1]]
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last "the answer is", up to the end of its sentence or line; None without it.
+
+    >>> stated_answer("The answer is 3. No: so the answer is (B).")
+    '(B)'
+    """
+    return _after_last(_STATED, text)
 
 
 def _after_last(marker: re.Pattern[str], text: str) -> str | None:
