@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from rlprior.config import RunError, UsageError, decode
 from rlprior.tasks.config import TaskConfig, load_task
-from rlprior.tasks.files import load_problems, read_json_lines
+from rlprior.tasks.files import load_problems, read_gold, read_gold_in_solution, read_json_lines
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verify import verify
 
@@ -247,3 +248,69 @@ def test_mmlu_is_multiple_choice(real_data: Path) -> None:
         # a choice that holds the end of a sentence or a line is cut there, and then is not that choice
         assert verify(problem, named).status in (Status.CORRECT, Status.UNPARSABLE)
         assert verify(problem, "Z").status is Status.UNPARSABLE
+
+
+GOLD_TABLE = [
+    (27.0, False, "27", None),
+    (27, False, "27", None),
+    (-0.25, False, "-0.25", None),
+    ("27.0", False, "27", None),
+    ("1,234", False, "1234", None),
+    (r"$\frac{1}{2}$", False, "0.5", None),
+    (r"\$1{,}200", False, "1200", None),
+    ("(1,2)", False, "(1,2)", None),
+    (
+        "2, 5",
+        False,
+        "2,5",
+        None,
+    ),  # one answer that is a list: only the benchmark knows whether its order counts
+    (["$3$"], False, "3", None),
+    (["5", "$2$"], False, "2, 5", ["5", "2"]),
+    ("$5,2$", True, "2, 5", ["5", "2"]),
+    ("$100,200$", True, "100, 200", ["100", "200"]),
+    ("$1{,}100$, $7$", True, "1100, 7", ["1,100", "7"]),
+    (["$(1,2)$, $(2, 1)$"], True, "(1,2), (2,1)", ["(1, 2)", "(2, 1)"]),
+    (r"\{1, 2\}", True, "1, 2", ["1", "2"]),
+    (r"$\pm 2$", True, "-2, 2", [r"\pm 2"]),
+]
+
+
+@pytest.mark.parametrize(("value", "several", "answer", "answers"), GOLD_TABLE)
+def test_gold_answers_as_benchmarks_write_them(
+    value: object, several: bool, answer: str, answers: list[str] | None
+) -> None:
+    gold = read_gold(value, "b.jsonl:1", several=several)
+    assert gold.answer == answer
+    assert gold.reference == (None if answers is None else {"answers": answers})
+    one = Problem(id="0", task="t", difficulty=0, prompt="", solution="", **dataclasses.asdict(gold))
+    assert verify(one, rf"\boxed{{{gold.written_answer}}}").status is Status.CORRECT
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, "", "  ", "$$", [], [""], ["1", None], {"a": 1}, float("nan"), float("inf"), [["1"]]],
+)
+def test_what_is_no_gold_answer_is_refused_with_file_and_line(value: object) -> None:
+    with pytest.raises(RunError, match=r"^b\.jsonl:7: no gold answer; it must be a number"):
+        read_gold(value, "b.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"First \boxed{1}, then \boxed{\frac{2}{4}}.", "0.5"),
+        (r"Hence $\boxed 2$.", "2"),
+        (r"Hence \boxed 17.", "17"),
+        (r"so \fbox{3}", "3"),
+        (r"so $\boxed{\text{Evelyn}}$", "evelyn"),
+    ],
+)
+def test_the_gold_answer_of_a_solution_is_its_last_box(solution: str, answer: str) -> None:
+    assert read_gold_in_solution(solution, "m.jsonl:1").answer == answer
+
+
+@pytest.mark.parametrize("solution", ["", "The answer is 5.", r"\boxed{}", r"\boxed{5"])
+def test_a_solution_without_a_box_is_refused(solution: str) -> None:
+    with pytest.raises(RunError, match=r"^m\.jsonl:9: no gold answer; "):
+        read_gold_in_solution(solution, "m.jsonl:9")

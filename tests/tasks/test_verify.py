@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlprior.tasks.canonical import canonical_answer
 from rlprior.tasks.problem import Problem, Status
-from rlprior.tasks.verify import MAX_READ_CHARACTERS, canonical_answer, extract_answer, verify
+from rlprior.tasks.verify import MAX_READ_CHARACTERS, extract_answer, verify
 
 
 def problem(answer: str) -> Problem:

@@ -21,9 +21,9 @@ from rlprior.samples.estimators import cons_at_m
 from rlprior.samples.grades import Grade, grade, grades_of, read_grades, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
 from rlprior.seeding import torch_generator
+from rlprior.tasks.canonical import canonical_answer
 from rlprior.tasks.problem import UNGRADED, Problem, Status
 from rlprior.tasks.verifier import RULES, Verifier
-from rlprior.tasks.verify import canonical_answer
 
 MAX_ROWS = 512
 """Responses sampled together: enough to fill the processor."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlprior.tasks.verify import canonical_answer, find_answer
+from rlprior.tasks.canonical import canonical_answer
+from rlprior.tasks.verify import find_answer
 
 
 def compute_score(

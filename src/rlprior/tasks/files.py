@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
+from rlprior.tasks.canonical import canonical_answer, canonical_answers, is_number, split_answers
 from rlprior.tasks.problem import LETTERS, Problem, choice_question, question_id, question_prompt
-from rlprior.tasks.verify import canonical_answer, is_number, last_boxed
+from rlprior.tasks.verify import last_boxed
 
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,]+)")
+_COMMA = re.compile(r"(?<!\{),\s*")
+_MARKUP_DOLLAR = re.compile(r"(?<!\\)\$")
 _CALCULATOR_MARKS = re.compile(r"<<[^>]*>>")
 
 
@@ -122,6 +126,79 @@ def load_problems(path: Path, *, any_answer: bool = False) -> list[Problem]:
 
 
 @dataclass(frozen=True)
+class Gold:
+    """A gold answer, as the fields of a `Problem` hold it.
+
+    Attributes:
+        answer: in canonical form.
+        written_answer: as it was written, for whoever reads more than canonical forms.
+        reference: `{"answers": [...]}` where all of several must be given, each as it was written; None where there is one.
+    """
+
+    answer: str
+    written_answer: str
+    reference: dict[str, list[str]] | None = None
+
+
+def read_gold(value: Any, where: str, *, several: bool = False) -> Gold:
+    r"""The gold answer that a field of a benchmark holds: a number (AMC's `27.0`), a text, or a list of texts (OlympiadBench).
+
+    Args:
+        value: of the field. Of a list all members are answers that must be given, in any order.
+        where: file and line, for errors.
+        several: a text lists several answers (`$0, 3$`), all of which must be given, in any order.
+
+    Raises:
+        RunError: no answer in it, with file and line.
+
+    >>> read_gold(27.0, "amc.jsonl:1").answer, read_gold([r"$\frac{1}{2}$"], "olympiad.jsonl:1").written_answer
+    ('27', '\\frac{1}{2}')
+    >>> read_gold("$(1,2), 3$", "olympiad.jsonl:2", several=True).reference
+    {'answers': ['(1, 2)', '3']}
+    """
+    values = value if isinstance(value, list) else [value]
+    texts = [_gold_text(one, where) for one in values]
+    if several:
+        # no comma is a thousands separator here, but for the one that LaTeX writes in braces
+        texts = [part for text in texts for part in split_answers(_COMMA.sub(", ", text))]
+    if not texts or not all(map(canonical_answer, texts)):
+        raise RunError(
+            f"{where}: no gold answer; it must be a number, a text or a list of them, not {value!r:.40}"
+        )
+    if len(texts) == 1 and not several:
+        return Gold(canonical_answer(texts[0]), texts[0])
+    return Gold(canonical_answers(texts), ", ".join(texts), {"answers": texts})
+
+
+def read_gold_in_solution(solution: str, where: str) -> Gold:
+    r"""The gold answer of a worked solution (MATH, MinervaMath): its last `\boxed{}`, with or without braces, or `\fbox{}`.
+
+    Raises:
+        RunError: there is no box in it, or nothing in the box, with file and line.
+
+    >>> read_gold_in_solution(r"Hence $\boxed 2$.", "math.jsonl:1").answer
+    '2'
+    """
+    gold = _last_box(solution)
+    if gold is None:
+        raise RunError(rf"{where}: no gold answer; the solution must have it in \boxed{{}}")
+    return read_gold(gold, where)
+
+
+def _last_box(solution: str) -> str | None:
+    return last_boxed(_BARE_BOX.sub(r"\\boxed{\1}", solution.replace(r"\fbox", r"\boxed")))
+
+
+def _gold_text(value: Any, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str) or (isinstance(value, int | float) and is_number(str(value))):
+        # "$0$, $3$": unescaped dollar signs are markup
+        return _MARKUP_DOLLAR.sub("", check_text(str(value), where)).strip()
+    return ""
+
+
+@dataclass(frozen=True)
 class _Gold:
     """What a record says: the question, the working without the final answer, and the answer, canonical and as written."""
 
@@ -143,7 +220,7 @@ def _read_record(record: dict[str, Any], where: str, any_answer: bool) -> _Gold:
             )
     elif "problem" in record and "solution" in record:
         question, worked = _field(record, "problem", where), _field(record, "solution", where)
-        gold = last_boxed(worked) or ""
+        gold = _last_box(worked) or ""
     else:
         raise UsageError(
             f"{where}: needs `question` and `answer`, or `problem` and `solution`; it has {', '.join(record) or 'nothing'}"

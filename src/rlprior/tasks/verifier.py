@@ -13,24 +13,18 @@ from typing import Literal, Protocol
 
 from rlprior.config import RunError
 from rlprior.runs import code_fingerprint, input_identity
+from rlprior.tasks.canonical import canonical_answer, is_number
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.equivalence import is_one_answer
 from rlprior.tasks.problem import Problem, Status, Verdict
-from rlprior.tasks.verify import (
-    MAX_READ_CHARACTERS,
-    canonical_answer,
-    find_answer,
-    is_number,
-    stated_answer,
-    verify,
-)
+from rlprior.tasks.verify import MAX_READ_CHARACTERS, find_answer, stated_answer, verify
 from rlprior.tasks.workers import WorkerPool
 
 Response = tuple[Problem, str, bool]
 """Problem, text that follows its prompt, and whether the length limit cut it."""
 
-_MODULES = ("rlprior.tasks.verify", "rlprior.tasks.verifier")
-"""What verdicts without an engine depend on."""
+_RULES = ("rlprior.tasks.canonical", "rlprior.tasks.verify")
+"""Modules that verdicts without an engine depend on."""
 
 
 class Verifier(Protocol):
@@ -53,7 +47,7 @@ class RulesVerifier:
 
     @property
     def version(self) -> str:
-        return f"rules-{code_fingerprint(['rlprior.tasks.verify'])}"
+        return f"rules-{code_fingerprint(_RULES)}"
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
         """A verdict for each response, in order."""
@@ -161,7 +155,7 @@ class AliasVerifier:
     @property
     def version(self) -> str:
         kind = "spaced-" if " " in self._punctuation.values() else ""
-        return f"alias-{kind}{code_fingerprint(_MODULES)}"
+        return f"alias-{kind}{code_fingerprint([*_RULES, __name__])}"
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
         """A verdict for each response, in order."""
@@ -194,7 +188,7 @@ class ExactVerifier:
 
     @property
     def version(self) -> str:
-        return f"exact-{code_fingerprint(_MODULES)}"
+        return f"exact-{code_fingerprint([*_RULES, __name__])}"
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
         """A verdict for each response, in order."""

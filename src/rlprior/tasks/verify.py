@@ -1,19 +1,15 @@
-"""Rule-based verifier: extract the final answer of a response and compare it exactly with the gold answer.
-
-Nothing is evaluated: a number is a literal, a decimal or one fraction of two literals, so no response can make it slow.
-"""
+"""Rule-based verifier: extract the final answer of a response and compare it exactly with the gold answer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+from rlprior.tasks.canonical import canonical_answer, canonical_answers, remove_markup, respell, split_answers
 from rlprior.tasks.problem import LETTERS, Problem, Status, Verdict
 
 MAX_READ_CHARACTERS = 2000
-MAX_NUMBER_CHARACTERS = 100
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _STATED = re.compile(
@@ -23,33 +19,23 @@ _STATED = re.compile(
 _HASHES = re.compile(r"####(?P<rest>[^\n#]*)")
 _SENTENCE_END = re.compile(r"\.(?:\s|$)")
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})?(?:\.(?P<decimals>[0-9]*))?")
-_LATEX_FRACTION = re.compile(
-    r"(?P<sign>[+-]?)\s*\\frac\s*(?:\{(?P<a>[^{}]*)\}|(?P<c>[0-9]))\s*(?:\{(?P<b>[^{}]*)\}|(?P<d>[0-9]))"
-)
-# "72 clips" states 72; "5 or 7", "3 and a half" and "2 million" do not state their first number.
-_WITH_UNIT = re.compile(
-    r"(?P<number>[^\sa-zA-Z]+)\s+"
-    r"(?!.*\b(?:or|and|to|plus|minus|times|over|dozen|hundred|thousand|[mbtr]+illion|half|halves|third|thirds|quarters?)\b)"
-    r"[a-zA-Z'-]{2,}(?:\s+[a-zA-Z'-]{2,}){0,2}"
-)
 _CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?\(?(?P<letter>[A-Za-z])(?![A-Za-z0-9])[).:]{0,2}(?:\s+(?P<rest>.*))?",
     re.IGNORECASE | re.ASCII | re.DOTALL,
 )
-_EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_PUNCTUATION = re.compile(r"\s*([^\w\s])\s*")
-_NOISE = re.compile(r"\\left|\\right|\\[!,;: ()\[\]]|\\?[$%]|(?<![\w)])\*\*|\*\*(?![\w(])")
+# "\boxed{2} and $x = \boxed{5}$": one answer in several boxes
+_BETWEEN_BOXES = re.compile(
+    r"\s*(?:\\?[$)\]]\s*)*(?:;|,?\s*(?:\b(?:or|and)\b|\\text\s*\{\s*,?\s*(?:or|and)\s*\})|,)\s*"
+    r"(?:\\?[$(\[]\s*)*(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
+)
 
 
 def verify(problem: Problem, response: str, *, truncated: bool = False) -> Verdict:
     r"""Compare the final answer of a response with the problem's.
 
-    The answer is the last balanced `\boxed{...}`, or else what follows the last "the answer is", or else what follows the
+    The answer is the last balanced `\boxed{...}` (with those before it that "and", "or" or a comma joins to it), or else what follows the last "the answer is", or else what follows the
     last `####`. Numbers are compared as exact fractions, everything else as normalised text, and of a multiple-choice question the
-    letter. These rules never time out: `Status.TIMED_OUT` and `Status.FAILED` are for verifiers that call an engine.
+    letter. Of a problem with several answers (`reference["answers"]`) all must be given, in any order. These rules never time out: `Status.TIMED_OUT` and `Status.FAILED` are for verifiers that call an engine.
 
     Args:
         problem: the problem that was posed.
@@ -70,8 +56,16 @@ def verify(problem: Problem, response: str, *, truncated: bool = False) -> Verdi
     # of a response that was cut, an answer that one more digit would change was not finished
     if found is None or (truncated and not _is_finished(response, found, choices)):
         return Verdict(Status.TRUNCATED if truncated else Status.UNPARSABLE, None)
-    correct = found.canonical == (problem.answer if choices else canonical_answer(problem.answer))
-    return Verdict(Status.CORRECT if correct else Status.WRONG, found.canonical)
+    if golds := several_answers(problem):
+        extracted, gold = canonical_answers(split_answers(found.text)), canonical_answers(golds)
+    else:
+        extracted, gold = found.canonical, problem.answer if choices else canonical_answer(problem.answer)
+    return Verdict(Status.CORRECT if extracted == gold else Status.WRONG, extracted)
+
+
+def several_answers(problem: Problem) -> list[str]:
+    """The answers of a problem that asks for more than one, empty for any other."""
+    return problem.reference.get("answers", []) if isinstance(problem.reference, dict) else []
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Answer:
 def find_answer(response: str, choices: Sequence[str] = ()) -> Answer | None:
     """The final answer of a response, None where it states none: with `choices`, a letter of one of them."""
     tail = response[-MAX_READ_CHARACTERS:]
-    candidates = [last_boxed(tail), stated_answer(tail), _after_last(_HASHES, tail)]
+    candidates = [_boxed_answer(tail), stated_answer(tail), _after_last(_HASHES, tail)]
     if choices:
         candidates.append(response if response == tail else None)
     for text in candidates:
@@ -113,7 +107,7 @@ def chosen_letter(text: str, choices: Sequence[str]) -> str:
     >>> [chosen_letter(text, ["3", "4"]) for text in ("B", " (b). ", r"\text{(B)}", "B. 4", "(B) 3", "A or B", "C", "4")]
     ['B', 'B', 'B', 'B', '', '', '', '']
     """
-    match = _CHOICE.fullmatch(_NOISE.sub("", _TEXT_COMMAND.sub(r"\1", text)).strip())
+    match = _CHOICE.fullmatch(remove_markup(respell(text)))
     place = LETTERS.index(match["letter"].upper()) if match else len(choices)
     if match is None or place >= len(choices):
         return ""
@@ -127,18 +121,47 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    open_braces: list[tuple[int, bool]] = []
-    best: tuple[int, int] | None = None
+    boxes = _find_boxes(text)
+    return boxes[-1].content if boxes else None
+
+
+def _boxed_answer(text: str) -> str | None:
+    """What the last box says together with those that are joined to it; a box that only repeats another adds nothing."""
+    boxes = _find_boxes(text)
+    if not boxes:
+        return None
+    contents, first = [boxes[-1].content], boxes[-1].start
+    for box in reversed(boxes[:-1]):
+        if box.end > first:  # around the other
+            continue
+        if not _BETWEEN_BOXES.fullmatch(text, box.end, first):
+            break
+        contents.insert(0, box.content)
+        first = box.start
+    return contents[-1] if len({canonical_answer(one) for one in contents}) == 1 else ", ".join(contents)
+
+
+@dataclass(frozen=True)
+class _Box:
+    start: int
+    end: int
+    content: str
+
+
+def _find_boxes(text: str) -> list[_Box]:
+    """Balanced boxes, in the order in which they begin."""
+    open_braces: list[tuple[int, int, bool]] = []
+    boxes: list[_Box] = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
             if open_braces:
-                start, boxed = open_braces.pop()
-                if boxed and (best is None or start > best[0]):
-                    best = (start, match.start())
+                start, inside, boxed = open_braces.pop()
+                if boxed:
+                    boxes.append(_Box(start, match.end(), text[inside : match.start()]))
         elif token.endswith("{") and token != r"\{":
-            open_braces.append((match.end(), token != "{"))
-    return None if best is None else text[best[0] : best[1]]
+            open_braces.append((match.start(), match.end(), token != "{"))
+    return sorted(boxes, key=lambda box: box.start)
 
 
 def stated_answer(text: str) -> str | None:
@@ -159,80 +182,3 @@ def _after_last(marker: re.Pattern[str], text: str) -> str | None:
     rest = last["rest"].strip()
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
-
-
-def canonical_answer(text: str) -> str:
-    r"""One spelling per answer: integers, terminating decimals and reduced fractions; other text normalised.
-
-    Currency and percent signs, thousands separators, units after a number, what leads up to the last `=` and LaTeX spacing are dropped.
-
-    >>> [canonical_answer(text) for text in ("$1,200.50", r"\frac{2}{6}", "x = 4/8", "72 clips", " Yes. ")]
-    ['1200.5', '1/3', '0.5', '72', 'yes']
-    """
-    text = (
-        text.replace("\u2212", "-")
-        .replace("{,}", ",")
-        .replace(r"\dfrac", r"\frac")
-        .replace(r"\tfrac", r"\frac")
-    )
-    bare = _TEXT_COMMAND.sub(" ", text)
-    if not bare.strip():
-        bare = _TEXT_COMMAND.sub(r"\1", text)
-    bare = _NOISE.sub("", bare).strip().rstrip(".").strip()
-    bare = _EQUALS.split(bare)[-1].strip()
-    value = _parse_number(bare)
-    if value is None and (match := _WITH_UNIT.fullmatch(bare)):
-        value = _parse_number(match["number"])
-    if value is not None:
-        return _number_text(value)
-    return " ".join(_PUNCTUATION.sub(r"\1", bare.casefold()).split())
-
-
-def is_number(text: str) -> bool:
-    """Whether a whole text is one number.
-
-    >>> is_number("27.0"), is_number("27 or 28")
-    (True, False)
-    """
-    return _parse_number(_NOISE.sub("", text).strip()) is not None
-
-
-def _parse_number(text: str) -> Fraction | None:
-    """Value of a literal, a decimal, `a/b` or `\\frac{a}{b}`; None for anything else, however close."""
-    if len(text) > MAX_NUMBER_CHARACTERS:
-        return None
-    if match := _LATEX_FRACTION.fullmatch(text):
-        parts = (match["a"] or match["c"] or "", match["b"] or match["d"] or "")
-        sign = -1 if match["sign"] == "-" else 1
-    else:
-        above, slash, below = text.partition("/")
-        if not slash:
-            return _parse_decimal(text)
-        parts, sign = (above, below), 1
-    numerator, denominator = (_parse_decimal(part.strip()) for part in parts)
-    if numerator is None or denominator is None or denominator == 0:
-        return None
-    return sign * numerator / denominator
-
-
-def _parse_decimal(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text)
-    if not match or not (match["whole"] or match["decimals"]):
-        return None
-    decimals = match["decimals"] or ""
-    digits = (match["whole"] or "").replace(",", "") + decimals
-    value = Fraction(int(digits), 10 ** len(decimals))
-    return -value if match["sign"] == "-" else value
-
-
-def _number_text(value: Fraction) -> str:
-    rest, num_twos, num_fives = value.denominator, 0, 0
-    while rest % 2 == 0:
-        rest, num_twos = rest // 2, num_twos + 1
-    while rest % 5 == 0:
-        rest, num_fives = rest // 5, num_fives + 1
-    if rest != 1 or value.denominator == 1:
-        return str(value)
-    places = max(num_twos, num_fives)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
