@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rlprior.config import RunError, UsageError
 from rlprior.data.config import DataConfig, SourceConfig, template_fields
 from rlprior.data.embedded import read_code, read_english
 from rlprior.data.megatron import megatron_files, read_megatron
+from rlprior.data.records import missing_field, read_hub, read_parquet
 from rlprior.data.tokenizer import decode_documents, load_tokenizer
 from rlprior.tasks.config import TaskConfig, load_task, resolve_path
 from rlprior.tasks.files import check_text, read_json_lines
@@ -237,61 +238,22 @@ def _read_records(
         return
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         "jsonl": read_json_lines,
-        "parquet": lambda path: _read_parquet(path, fields),
+        "parquet": lambda path: read_parquet(path, fields),
     }
     for path in source_files(source, config):
         for number, record in readers[source.kind](path):
             yield f"{path}:{number}", record
 
 
-def _read_parquet(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            f"{path}: parquet files need pyarrow; install it with: pip install 'rlprior[parquet]'"
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
-                raise RunError(f"{path}: the file is empty; it needs rows")
-            for name in fields:
-                if name not in file.schema_arrow.names:
-                    raise _missing_field(name, file.schema_arrow.names, str(path))
-            batches = file.iter_batches(columns=list(fields))
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from enumerate(rows, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RunError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
-
-
 def _read_hub(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"source {source.name!r}: the hub needs the datasets package; install it with: pip install 'rlprior[hub]'"
-        ) from None
     identity = source.path or ""
     local = config_path(identity, config)
+    folder = local if local.exists() else None
     try:
-        rows = datasets.load_dataset(
-            str(local) if local.exists() else identity,
-            name=source.hub_subset,
-            split=source.hub_split,
-            streaming=True,
-        )
-        for number, record in enumerate(rows, start=1):
+        for number, record in read_hub(identity, source.hub_subset, source.hub_split, folder=folder):
             yield f"{identity}:{number}", record
-    except Exception as error:  # whatever the hub's client, its file formats and the network raise
-        raise RunError(
-            f"source {source.name!r}: data set {identity!r} could not be read from the hub: {_first_line(error)}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except (UsageError, RunError) as error:
+        raise type(error)(f"source {source.name!r}: {error}") from None
 
 
 def fill_template(template: str, fields: tuple[str, ...], record: Mapping[str, Any], where: str) -> str:
@@ -306,13 +268,8 @@ def fill_template(template: str, fields: tuple[str, ...], record: Mapping[str, A
     """
     for name in fields:
         if name not in record:
-            raise _missing_field(name, record, where)
+            raise missing_field(name, record, where)
         value = record[name]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise RunError(f"{where}: field {name!r} must be text, not {type(value).__name__}")
     return check_text(template.format_map(record), where)
-
-
-def _missing_field(name: str, existing: Iterable[str], where: str) -> UsageError:
-    names = ", ".join(map(repr, existing)) or "none"
-    return UsageError(f"{where}: no field {name!r}; it has {names}: correct `template`")

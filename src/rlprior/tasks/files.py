@@ -19,7 +19,7 @@ from rlprior.tasks.verify import last_boxed
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,]+)")
 _COMMA = re.compile(r"(?<!\{),\s*")
 _MARKUP_DOLLAR = re.compile(r"(?<!\\)\$")
-_CALCULATOR_MARKS = re.compile(r"<<[^>]*>>")
+CALCULATOR_MARKS = re.compile(r"<<[^>]*>>")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -212,7 +212,7 @@ class _Gold:
 def _read_record(record: dict[str, Any], where: str, any_answer: bool) -> _Gold:
     if "question" in record and "answer" in record:
         question, text = _field(record, "question", where), _field(record, "answer", where)
-        text = _CALCULATOR_MARKS.sub("", text)
+        text = CALCULATOR_MARKS.sub("", text)
         worked, marker, gold = text.rpartition("####")
         if not marker and not any_answer and not is_number(gold):
             raise RunError(

@@ -1,0 +1,37 @@
+"""Who grades the sampled answers of a benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rlprior.config import UsageError
+from rlprior.evaluation.benchmarks.benchmark import Benchmark
+from rlprior.tasks.config import TaskConfig
+from rlprior.tasks.verifier import Verifier, open_verifier
+
+
+@contextlib.contextmanager
+def open_grader(
+    benchmark: Benchmark, *, num_workers: int = 2, unsafe_exec: bool = False
+) -> Iterator[Verifier]:
+    """The grader of a benchmark's sampled answers; open it once and give it whole batches.
+
+    Args:
+        benchmark: whose answers.
+        num_workers: processes that math-verify or programs run in.
+        unsafe_exec: programs may run where no isolation can be had.
+
+    Raises:
+        UsageError: what grading needs is not installed, or the benchmark is scored by likelihood and has no answers to grade.
+    """
+    if benchmark.metric == "likelihood":
+        raise UsageError(f"{benchmark.name} is scored by likelihood; it has no sampled answers to grade")
+    if benchmark.grading in ("rules", "math"):
+        task = TaskConfig(
+            kind="file", path=benchmark.name, verifier=benchmark.grading, verifier_workers=num_workers
+        )
+        with open_verifier(task, None) as verifier:
+            yield verifier
+    else:
+        raise UsageError(f"{benchmark.name}: no grader for {benchmark.grading!r}")
