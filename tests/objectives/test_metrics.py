@@ -31,6 +31,7 @@ def metrics_by_definition(logits: list[float], target: int, top_k: int) -> dict[
         "head_mass": math.fsum(p[j] for j in head),
         "head_size": len(head),
         "target_rank": 1 + sum(z > logits[target] for z in logits),
+        "top_prob": max(p),
     }
 
 
@@ -140,4 +141,4 @@ def test_certainty_has_no_entropy_and_all_its_mass_in_the_head(path, bench):
         torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([0]), torch.ones(1)
     )
     metrics = bench.compute(path, RewardShaping(top_k=1), inputs, "sum").metrics
-    assert [tensor.item() for tensor in metrics.tensors()] == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert [tensor.item() for tensor in metrics.tensors()] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]

@@ -27,6 +27,7 @@ class TokenMetrics:
         head_size: number of tokens in the head: `top_k`, more where logits tie with the last one, fewer where fewer are
             finite.
         target_rank: 1 + the number of logits strictly greater than the target's.
+        top_prob: probability of the most probable token.
     """
 
     cross_entropy: Tensor
@@ -34,10 +35,18 @@ class TokenMetrics:
     head_mass: Tensor
     head_size: Tensor
     target_rank: Tensor
+    top_prob: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The metrics in the order of the fields."""
-        return self.cross_entropy, self.entropy, self.head_mass, self.head_size, self.target_rank
+        return (
+            self.cross_entropy,
+            self.entropy,
+            self.head_mass,
+            self.head_size,
+            self.target_rank,
+            self.top_prob,
+        )
 
     def reshape(self, shape: Size) -> TokenMetrics:
         """The same metrics in another shape."""

@@ -201,7 +201,7 @@ def evaluate_rows_(
     sums = rows.sum_masses_()
     row = sums.statistics(draws)
     terms = plan.terms_with_z_loss(row)
-    result = RowResult(loss=terms.loss, metrics=rows.metrics(row))
+    result = RowResult(loss=terms.loss, metrics=rows.metrics(row, sums))
     if gradient_scale_N is not None:  # last: it uses up the buffers
         rows.write_gradient_(terms, drawn_NS, gradient_scale_N, sums.total)
         if slope_NV is not None:
@@ -333,12 +333,12 @@ class _Rows:
             is_head_NS = self.head.is_member_NC.gather(1, drawn_NS) > 0
         return Draws(log_prob=log_prob_NS, is_target=drawn_NS == self.targets_N1, is_head=is_head_NS)
 
-    def metrics(self, row: RowStatistics) -> TokenMetrics | None:
+    def metrics(self, row: RowStatistics, sums: RowSums) -> TokenMetrics | None:
         """Measurements of the model, where the plan wants them."""
         if self.head is None or not self.plan.wants_metrics:
             return None
         return token_metrics(
-            row, self.head_holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"]
+            row, sums, self.head_holds_target_N, self.sums["head_size"], 1 + self.sums["num_greater"]
         )
 
     def write_gradient_(
@@ -373,7 +373,11 @@ class _Rows:
 
 
 def token_metrics(
-    row: RowStatistics, head_holds_target_N: Tensor, head_size_N: Tensor, target_rank_N: Tensor
+    row: RowStatistics,
+    sums: RowSums,
+    head_holds_target_N: Tensor,
+    head_size_N: Tensor,
+    target_rank_N: Tensor,
 ) -> TokenMetrics | None:
     """Metrics of rows, or None where the statistics lack a sum of `-p log p`."""
     if row.head_nats is None or row.tail_nats is None:
@@ -385,6 +389,7 @@ def token_metrics(
         head_mass=row.head_mass + torch.where(head_holds_target_N, row.prob, zero_N),
         head_size=head_size_N,
         target_rank=target_rank_N,
+        top_prob=1 / sums.total,  # its mass is 1
     )
 
 

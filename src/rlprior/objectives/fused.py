@@ -73,7 +73,7 @@ def evaluate_rows_(
         # The target is in the head where fewer than k logits are larger.
         is_head_R = (sums["target_rank"] <= plan.metrics_top_k) & (sums["target_logit"] > -torch.inf)
         size_R = sums["num_finite"] if head is None else head["size"]
-        metrics = token_metrics(row, is_head_R, size_R, sums["target_rank"])
+        metrics = token_metrics(row, row_sums, is_head_R, size_R, sums["target_rank"])
     if gradient_scale_R is not None:
         if plan.needs.top_k is None:  # the head was for the metrics alone
             head = None

@@ -138,6 +138,7 @@ def token_metrics(model: Distribution, top_k: int) -> TokenMetrics:
             head_mass=(probs_NV * head_NV).sum(1),
             head_size=head_NV.sum(1).to(probs_NV.dtype),
             target_rank=rank.to(probs_NV.dtype),
+            top_prob=probs_NV.amax(1),
         )
 
 
