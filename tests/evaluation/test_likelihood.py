@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -11,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.small_study import study_config
+from tests.small_study import Vocabulary, study_config
 
 from rlprior.config import UsageError
 from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
+from rlprior.evaluation import likelihood
 from rlprior.evaluation.likelihood import (
     HeldOutDocument,
     held_out_documents,
+    measure_kl,
     measure_likelihood,
+    measure_tokens,
     unigram_cross_entropy,
 )
 from rlprior.models.causal_lm import build_model, load_tokenizer
@@ -164,3 +168,133 @@ def test_unigram_floor_of_a_source_that_is_only_held_out_comes_from_the_rest_of_
     floor = unigram_cross_entropy(only_held_out, ["stories"], documents)
     assert floor == unigram_cross_entropy(only_held_out, ["sums"], documents)
     assert floor == unigram_cross_entropy(only_held_out, ["sums", "stories"], documents)
+
+
+def one_token(logits: torch.Tensor, target: int) -> dict[str, float]:
+    """Measurements of one prediction by their definitions, in float64."""
+    log_p = logits.double().log_softmax(-1)
+    p = log_p.exp()
+    return {
+        "cross_entropy_nats": -float(log_p[target]),
+        "entropy_nats": -float((p * log_p).sum()),
+        "head_mass": float(p.topk(TOP_K).values.sum()),
+        "target_rank": int((log_p > log_p[target]).sum()) + 1,
+        "top_prob": float(p.max()),
+    }
+
+
+@pytest.mark.parametrize("num_given", [1, 5, 16, 17, 30])
+@pytest.mark.parametrize("window_tokens", [16, 100])
+def test_only_what_is_not_given_is_predicted(model: Any, num_given: int, window_tokens: int) -> None:
+    """Given tokens end before, at and after the border of a window, and beyond the shorter document."""
+    random = np.random.default_rng(1)
+    documents = [
+        HeldOutDocument(f"d/{n}", random.integers(3, 300, length).astype(np.uint16), 10, num_given)
+        for n, length in enumerate((40, 18, 33))
+    ]
+    measured = measure_tokens(model, documents, window_tokens=window_tokens, top_k=TOP_K, batch_tokens=50)
+    expected: list[dict[str, float]] = []
+    for document in documents:
+        ids = torch.from_numpy(document.token_ids.astype(np.int64))
+        for place in range(num_given, len(ids)):
+            start = (place - 1) // window_tokens * window_tokens
+            with torch.no_grad():
+                logits = model(input_ids=ids[None, start:place]).logits[0, -1]
+            expected.append(one_token(logits, int(ids[place])))
+    assert measured.num_tokens.tolist() == [max(0, len(d.token_ids) - num_given) for d in documents]
+    assert len(expected) == measured.num_tokens.sum()
+    for name in expected[0]:
+        # float32 logits near 10 from products of other shapes
+        assert getattr(measured, name) == pytest.approx([one[name] for one in expected], rel=2e-5), name
+    sums = measured.by_document()
+    owners = np.repeat(np.arange(3), measured.num_tokens)
+    assert sums["num_top1"] == [
+        sum(one["target_rank"] == 1 for one, owner in zip(expected, owners, strict=True) if owner == number)
+        for number in range(3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def other_model(model: Any) -> Any:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(0.7)
+    return other
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 300 * 7, 1 << 24])
+def test_divergence_is_exact_over_the_vocabulary(
+    model: Any,
+    other_model: Any,
+    documents: list[HeldOutDocument],
+    chunk_logits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(likelihood, "KL_CHUNK_LOGITS", chunk_logits)
+    found = measure_kl(model, other_model, documents, window_tokens=16, batch_tokens=40)
+    expected: list[float] = []
+    for document in documents:
+        ids = torch.from_numpy(document.token_ids.astype(np.int64))
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[None, start : min(start + 16, len(ids) - 1)]
+            with torch.no_grad():
+                log_p, log_q = (
+                    one(input_ids=window).logits[0].double().log_softmax(-1) for one in (model, other_model)
+                )
+            expected += (log_q.exp() * (log_q - log_p)).sum(-1).tolist()
+    # differences of float32 log-probabilities near 10: absolute errors near 1e-6
+    assert found == pytest.approx(expected, rel=1e-4, abs=3e-6)
+    back = measure_kl(other_model, model, documents, window_tokens=16)
+    assert found.sum() != pytest.approx(back.sum(), rel=1e-3)  # it has a direction
+
+
+def test_a_model_does_not_diverge_from_itself(model: Any, documents: list[HeldOutDocument]) -> None:
+    assert not measure_kl(model, model, documents, window_tokens=16).any()
+
+
+def test_another_vocabulary_is_refused(model: Any, corpus: Corpus, documents: list[HeldOutDocument]) -> None:
+    other = build_model(CONFIG.model, Vocabulary(310), max_positions=64, seed=0)
+    with pytest.raises(UsageError, match="one vocabulary: the model has 300 tokens and the reference 310"):
+        measure_kl(model, other, documents, window_tokens=16)
+
+
+def test_a_head_with_a_bias_is_refused(model: Any, documents: list[HeldOutDocument]) -> None:
+    """The fused pass multiplies with the head's weight alone: it would measure another model."""
+    biased = copy.deepcopy(model)
+    head = biased.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 300))
+    for measure in (
+        lambda: measure_tokens(biased, documents, window_tokens=16, top_k=TOP_K),
+        lambda: measure_kl(model, biased, documents, window_tokens=16),
+    ):
+        with pytest.raises(UsageError, match="a bias or a factor"):
+            measure()
+
+
+def test_a_softcap_is_part_of_the_model(documents: list[HeldOutDocument]) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=1.5,
+        initializer_range=0.4,
+    )
+    gemma = Gemma2ForCausalLM(config).eval()
+    (document,) = documents[:1]
+    measured = measure_tokens(gemma, [document], window_tokens=100, top_k=TOP_K)
+    ids = torch.from_numpy(document.token_ids.astype(np.int64))
+    with torch.no_grad():
+        logits = gemma(input_ids=ids[None, :-1]).logits[0]
+    assert logits.abs().max() > 1.2  # the cap bends them
+    expected = [one_token(row, int(target)) for row, target in zip(logits, ids[1:], strict=True)]
+    for name in ("cross_entropy_nats", "entropy_nats", "top_prob"):
+        # tanh in float32, here and there
+        assert getattr(measured, name) == pytest.approx([one[name] for one in expected], rel=1e-4), name
+    assert not measure_kl(gemma, gemma, [document], window_tokens=100).any()

@@ -182,6 +182,14 @@ def test_description_of_the_last_record(tmp_path: Path) -> None:
             "entropy_nats": [7.0, 8.0],
             "unigram_cross_entropy_nats": [10.0, 20.0],
         },
+        "text": {
+            "bits_per_byte": 1.25,
+            "top_k": 100,
+            "head_mass": 0.8,
+            "top_k_share": 0.75,
+            "top1_share": 0.3,
+            "calibration_error": 0.0456,
+        },
         "tasks": {
             "sums": {
                 "num_samples": 4,
@@ -196,8 +204,12 @@ def test_description_of_the_last_record(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
-    first, second = describe_results(tmp_path).splitlines()
+    first, text, second = describe_results(tmp_path).splitlines()
     assert first == "held-out text (10 tokens): perplexity 7.39 (unigram 20.1), entropy 1.500 nats"
+    assert text == (
+        "  1.250 bits per byte, mass of the 100 most probable tokens 0.800, target among them 75.0%, first 30.0%, "
+        "calibration error 0.046"
+    )
     assert second == (
         "sums (2 problems): Avg@4 0.375, Cons@4 0.500, Pass@4 0.500; cut 25.0%, unparsable 50.0%; best constant answer 0.500"
     )

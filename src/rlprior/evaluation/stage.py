@@ -15,9 +15,10 @@ from rlprior.evaluation.config import Budget, EvaluationConfig
 from rlprior.evaluation.likelihood import (
     HeldOutDocument,
     held_out_documents,
-    measure_likelihood,
+    measure_tokens,
     unigram_cross_entropy,
 )
+from rlprior.evaluation.token_statistics import summarise_tokens
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.runs import Run, read_jsonl, write_atomically
 from rlprior.tasks.config import load_task
@@ -168,10 +169,10 @@ def _measure(
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     manifest = folder / MANIFEST_FILE
     checkpoint = json.loads(manifest.read_text()) if manifest.exists() else {"step": 0, "state": {}}
-    likelihood = measure_likelihood(
+    tokens = measure_tokens(
         model, material.documents, window_tokens=config.window_tokens, top_k=evaluation.top_k
     )
-    likelihood["unigram_cross_entropy_nats"] = material.unigram_nats
+    likelihood = {**tokens.by_document(), "unigram_cross_entropy_nats": material.unigram_nats}
     tasks: dict[str, Any] = {}
     for name, problems in material.problems.items():
         with open_verifier(evaluation.tasks[name], _data_dir(config)) as verifier:
@@ -206,6 +207,7 @@ def _measure(
         "tokens": checkpoint["state"].get("tokens", 0),
         "final": is_final,
         "likelihood": likelihood,
+        "text": summarise_tokens(tokens),
         "tasks": tasks,
     }
 
@@ -220,11 +222,20 @@ def describe_results(directory: Path) -> str:
     lines = [
         f"held-out text ({num_tokens:,.0f} tokens): perplexity {np.exp(likelihood['cross_entropy_nats'] / num_tokens):.2f} "
         f"(unigram {np.exp(likelihood['unigram_cross_entropy_nats'] / num_tokens):.1f}), "
-        f"entropy {likelihood['entropy_nats'] / num_tokens:.3f} nats"
+        f"entropy {likelihood['entropy_nats'] / num_tokens:.3f} nats",
+        _describe_text(record["text"]),
     ]
     for name, task in record["tasks"].items():
         lines.append(_describe_task(name, task))
     return "\n".join(lines)
+
+
+def _describe_text(text: dict[str, Any]) -> str:
+    bits = "" if text["bits_per_byte"] is None else f"{text['bits_per_byte']:.3f} bits per byte, "
+    return (
+        f"  {bits}mass of the {text['top_k']} most probable tokens {text['head_mass']:.3f}, target among them {text['top_k_share']:.1%}, "
+        f"first {text['top1_share']:.1%}, calibration error {text['calibration_error']:.3f}"
+    )
 
 
 def _describe_task(name: str, task: dict[str, Any]) -> str:

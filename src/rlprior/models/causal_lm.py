@@ -213,6 +213,35 @@ def head_weight(model: Any) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+def last_hidden_states(model: Any, input_ids_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, D] of rows that begin at their first column; what pads them on the right is never looked at."""
+    return model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+
+def logit_softcap(model: Any) -> float | None:
+    """c where the model's logits are `c tanh(z / c)` of its head's output z, as in Gemma 2."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def require_linear_head(model: Any) -> None:
+    """UsageError unless the model's logits are its last hidden states times its output embedding, softcap included.
+
+    A loss that multiplies the two itself, chunk by chunk, would leave a bias or a factor out.
+    """
+    ids_BT = torch.tensor([[0, 1]], device=head_weight(model).device)
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+    found_BTV = (last_hidden_states(model, ids_BT) @ head_weight(model).T).float()
+    if (cap := logit_softcap(model)) is not None:
+        found_BTV = cap * torch.tanh(found_BTV / cap)
+    # the same product in another order: a few roundings of the largest logit
+    tolerance = 64 * torch.finfo(head_weight(model).dtype).eps * float(logits_BTV.abs().max())
+    if not torch.allclose(found_BTV, logits_BTV, rtol=0, atol=max(tolerance, 1e-6)):
+        raise UsageError(
+            f"{type(model).__name__}: its logits are not its hidden states times its output embedding (a bias or a factor); "
+            "such a head is not supported"
+        )
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """`eval()` and no gradients inside, the former mode after."""
