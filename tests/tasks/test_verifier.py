@@ -12,6 +12,8 @@ from tests.tasks.hostile import FAMILIES, hostile_responses
 
 from rlprior.config import RunError, UsageError, decode
 from rlprior.rl.rollout import Group
+from rlprior.samples.grades import grade
+from rlprior.samples.store import Sample
 from rlprior.study.plan import task_inputs
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict
@@ -110,18 +112,25 @@ def test_math_reads_the_answer_as_it_was_written(math: Verifier) -> None:
     assert verdict.status is RIGHT
 
 
+class Recorder:
+    """In place of the pool: remembers the pairs and answers as it is told."""
+
+    def __init__(self, answers: list[bool | Status]) -> None:
+        self.asked: list[list[str]] = []
+        self.answers = answers
+
+    def map(self, pairs: list[list[str]]) -> list[bool | Status]:
+        self.asked.extend(pairs)
+        return [self.answers.pop(0) for _ in pairs]
+
+    def verifier(self, *, merge_votes: bool = False) -> MathVerifier:
+        return MathVerifier(self, timeout_seconds=1, merge_votes=merge_votes)  # pyright: ignore[reportArgumentType]
+
+
 @needs_math_verify
-def test_only_answers_that_the_rules_find_wrong_reach_math_verify(math: Verifier) -> None:
-    assert isinstance(math, MathVerifier)
-    asked: list[list[str]] = []
-
-    class Recorder:
-        def map(self, pairs: list[list[str]]) -> list[object]:
-            asked.extend(pairs)
-            return [True, Status.TIMED_OUT, Status.FAILED][: len(pairs)]
-
-    recorded = MathVerifier(Recorder(), timeout_seconds=1)  # pyright: ignore[reportArgumentType]
-    verdicts = recorded.grade(
+def test_every_different_answer_reaches_math_verify_once() -> None:
+    recorder = Recorder([True, True, Status.TIMED_OUT, Status.FAILED])
+    verdicts = recorder.verifier().grade(
         [
             (problem("8"), "#### 8", False),
             (problem("8"), "#### 5 + 3", False),
@@ -133,7 +142,7 @@ def test_only_answers_that_the_rules_find_wrong_reach_math_verify(math: Verifier
             (problem("B", 2, ("1", "2")), "#### A", False),
         ]
     )
-    assert asked == [["8", "5 + 3"], ["8", "5+3"], ["8", "6+2"]]
+    assert recorder.asked == [["8", "8"], ["8", "5 + 3"], ["8", "5+3"], ["8", "6+2"]]
     statuses = [
         RIGHT,
         RIGHT,
@@ -147,6 +156,88 @@ def test_only_answers_that_the_rules_find_wrong_reach_math_verify(math: Verifier
     assert [verdict.status for verdict in verdicts] == statuses
     assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 1, 0, 0, 0, 0]
     assert verdicts[5].extracted == "5+3", "an answer that was not compared in time was still given"
+
+
+TWO_GRADERS = [
+    # response, what math-verify says, status, second status
+    ("#### 8", True, RIGHT, RIGHT),
+    ("#### 8", False, RIGHT, WRONG),
+    ("#### 8", Status.TIMED_OUT, RIGHT, None),
+    ("#### 8", Status.FAILED, RIGHT, None),
+    ("#### 5+3", True, RIGHT, WRONG),
+    ("#### 5+4", False, WRONG, WRONG),
+    ("#### 5+3", Status.TIMED_OUT, Status.TIMED_OUT, None),
+    ("#### 5+3", Status.FAILED, Status.FAILED, None),
+    ("nothing", None, Status.UNPARSABLE, None),
+    ("#### 5 3", None, WRONG, None),  # what it would misread it is not asked
+]
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("response", "says", "status", "second"), TWO_GRADERS)
+def test_a_verdict_is_disputed_where_the_two_graders_differ(
+    response: str, says: bool | Status | None, status: Status, second: Status | None
+) -> None:
+    recorder = Recorder([] if says is None else [says])
+    [verdict] = recorder.verifier().grade([(problem("8"), response, False)])
+    assert (verdict.status, verdict.second_status) == (status, second)
+    [one] = grade(
+        [
+            Sample(
+                problem_id="0",
+                sample_index=0,
+                token_ids=(),
+                text=response,
+                finish_reason="stop",
+                log_prob_nats=0.0,
+                num_tokens=0,
+            )
+        ],
+        {"0": problem("8")},
+        Recorder([] if says is None else [says]).verifier().grade,
+    )
+    rules = verify(problem("8"), response).status
+    assert one.is_disputed == (isinstance(says, bool) and says != (rules is RIGHT))
+
+
+@needs_math_verify
+def test_rules_alone_and_choices_have_no_second_grader() -> None:
+    assert RULES.grade([(problem("8"), "#### 8", False)])[0].second_status is None
+    recorder = Recorder([])
+    [verdict] = recorder.verifier().grade([(problem("B", 0, ("1", "2")), "#### B", False)])
+    assert (verdict.status, verdict.second_status, recorder.asked) == (RIGHT, None, [])
+
+
+@needs_math_verify
+def test_merged_votes_change_what_is_extracted_and_nothing_else(math: Verifier) -> None:
+    texts = [
+        r"\boxed{x^2-1}",
+        r"\boxed{(x+1)(x-1)}",
+        r"\boxed{(x-1)(x+1)}",
+        r"\boxed{(x-1)(x+1)}",
+        "#### 7",
+        "none",
+    ]
+    responses = [
+        (problem(gold, number), text, False) for number, gold in enumerate(["x^2-1", "3"]) for text in texts
+    ]
+    responses.append((problem("B", 2, ("1", "2")), "#### B", False))
+    assert isinstance(math, MathVerifier)
+    merging = MathVerifier(math._pool, timeout_seconds=20.0, merge_votes=True)
+    plain, merged = math.grade(responses), merging.grade(responses)
+    assert [one.status for one in merged] == [one.status for one in plain]
+    assert [one.second_status for one in merged] == [one.second_status for one in plain]
+    assert [one.extracted for one in plain[:6]] == [
+        "x^2-1",
+        "(x+1)(x-1)",
+        "(x-1)(x+1)",
+        "(x-1)(x+1)",
+        "7",
+        None,
+    ]
+    # the answer with most votes stands for the others, whether it is right (the first problem) or wrong (the second)
+    assert [one.extracted for one in merged] == [*["(x-1)(x+1)"] * 4, "7", None] * 2 + ["B"]
+    assert merging.version != math.version
 
 
 def grade_alone(verifier: Verifier, count: int, seed: int) -> tuple[list[Verdict], list[float]]:

@@ -42,7 +42,7 @@ _SEPARATORS = re.compile(
 _SET = re.compile(r"(?:[A-Za-z]\s*(?:\\in|=)\s*)?\\\{(?P<members>.*)\\\}", re.DOTALL)
 _PUNCTUATION = re.compile(r"\s*([^\w\s])\s*")
 _NOISE = re.compile(
-    r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;:()\[\]]|\\?[$%]|(?<![\w)])\*\*|\*\*(?![\w(])"
+    r"\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\\[!,;:()\[\]]|\\?[$%]|(?<![\w)])\*\*|\*\*(?![\w(])"
     r"|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\u00b0"
 )
 _SPELLINGS = [
@@ -50,7 +50,7 @@ _SPELLINGS = [
     for pattern, spelling in (
         ("\u2212", "-"),
         (r"\{,\}", ","),
-        ("[\u00a0\u2009\u202f~]|" + r"\\ ", " "),
+        ("[\u00a0\u2009\u202f~]|" + r"(?<!\\)\\ ", " "),
         (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\leq(?:slant)?(?![a-zA-Z])|" + "\u2264", r"\\le "),
         (r"\\geq(?:slant)?(?![a-zA-Z])|" + "\u2265", r"\\ge "),
@@ -72,12 +72,12 @@ def canonical_answer(text: str) -> str:
     """
     bare = _LABEL_COMMAND.sub("", respell(text))
     unit = _UNIT_COMMAND.search(bare)
-    if unit and not _NOT_UNITS.search(unit["unit"]):
+    if unit and not states_other_amount(unit["unit"]):
         bare = bare[: unit.start()]
     bare = remove_markup(bare).rstrip(".").strip()
     bare = _right_side(bare).strip()
     value = parse_number(bare)
-    if value is None and (match := _WITH_UNIT.fullmatch(bare)) and not _NOT_UNITS.search(match["unit"]):
+    if value is None and (match := _WITH_UNIT.fullmatch(bare)) and not states_other_amount(match["unit"]):
         value = parse_number(match["number"])
     if value is not None:
         return _number_text(value)
@@ -122,6 +122,15 @@ def split_answers(text: str) -> list[str]:
 def remove_markup(text: str) -> str:
     """A text without signs of markup, currency, percent and degrees; of `\\text{...}` the content."""
     return _NOISE.sub("", _TEXT_COMMAND.sub(r"\1", text)).strip()
+
+
+def states_other_amount(unit: str) -> bool:
+    """Whether the words after a number say that it is not the amount: "5 thousand", "5 or more", "5 squared".
+
+    >>> states_other_amount("thousand"), states_other_amount("clips")
+    (True, False)
+    """
+    return bool(_NOT_UNITS.search(unit))
 
 
 def respell(text: str) -> str:

@@ -36,7 +36,8 @@ class Verdict:
         status: what it counts as.
         extracted: its answer in canonical form, None where none could be extracted.
         given_reward: what a user's reward function said, None without one.
-        second_status: what a second grader says by itself, None without one; where it differs the verdict is disputed.
+        second_status: where two graders have a verdict each, that of the one that `status` does not follow, else None; where it differs
+            from `status` the verdict is disputed.
     """
 
     status: Status

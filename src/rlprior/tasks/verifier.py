@@ -7,7 +7,9 @@ import importlib.metadata
 import re
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,13 +17,17 @@ from rlprior.config import RunError
 from rlprior.runs import code_fingerprint, input_identity
 from rlprior.tasks.canonical import canonical_answer, is_number
 from rlprior.tasks.config import TaskConfig
-from rlprior.tasks.equivalence import is_one_answer
-from rlprior.tasks.problem import Problem, Status, Verdict
+from rlprior.tasks.equivalence import comparison_pair
+from rlprior.tasks.problem import UNGRADED, Problem, Status, Verdict
 from rlprior.tasks.verify import MAX_READ_CHARACTERS, find_answer, stated_answer, verify
+from rlprior.tasks.votes import Candidate, merge_answers
 from rlprior.tasks.workers import WorkerPool
 
 Response = tuple[Problem, str, bool]
 """Problem, text that follows its prompt, and whether the length limit cut it."""
+
+_Answered = tuple[str, str | None]
+"""Problem and canonical form of an answer to it."""
 
 _RULES = ("rlprior.tasks.canonical", "rlprior.tasks.verify")
 """Modules that verdicts without an engine depend on."""
@@ -58,45 +64,84 @@ RULES = RulesVerifier()
 
 
 class MathVerifier:
-    """The rules first; an answer that they find wrong is given to math-verify.
+    """Two graders: the rules, and math-verify. What either takes is correct.
 
-    Responses to a problem whose answers have one canonical form share a verdict, that of the first of them: equal answers are equal votes.
-    An answer that math-verify cannot read stays wrong. A verdict depends on the clock only where the deadline is near.
+    An answer that the rules take is correct, whatever math-verify says; `second_status` says it. Any other has math-verify's verdict, with
+    the rules' WRONG as `second_status`. Where math-verify has none (it came too late, cannot be asked, or has only a letter to compare)
+    there is no second one. Responses to a problem whose answers have one canonical form share a verdict, that of the first of them:
+    equal answers are equal votes. A verdict depends on the clock only where the deadline is near.
+
+    Args:
+        pool: of workers that compare.
+        timeout_seconds: of the pool, for the version.
+        merge_votes: answers of a problem that math-verify takes for each other are extracted as one of them, as `merge_answers` says.
     """
 
-    def __init__(self, pool: WorkerPool, *, timeout_seconds: float) -> None:
+    def __init__(self, pool: WorkerPool, *, timeout_seconds: float, merge_votes: bool = False) -> None:
         self._pool = pool
         self._timeout_seconds = timeout_seconds
+        self._merge_votes = merge_votes
 
     @property
     def version(self) -> str:
         code = code_fingerprint(["rlprior.tasks"])
-        return f"math-{importlib.metadata.version('math-verify')}-{self._timeout_seconds:g}s-{code}"
+        votes = "-votes" if self._merge_votes else ""
+        return f"math-{importlib.metadata.version('math-verify')}-{self._timeout_seconds:g}s{votes}-{code}"
 
     def grade(self, responses: Sequence[Response]) -> list[Verdict]:
-        """A verdict for each response, in order."""
+        """A verdict for each response, in order; `merge_votes` looks at all of them."""
         verdicts = RULES.grade(responses)
-        pairs: dict[tuple[str, str | None], list[str]] = {}
+        texts: dict[_Answered, str] = {}
+        pairs: dict[_Answered, list[str]] = {}
         for (problem, text, _), verdict in zip(responses, verdicts, strict=True):
             key = (problem.id, verdict.extracted)
-            if verdict.status is not Status.WRONG or problem.choices or key in pairs:
+            if verdict.extracted is None or problem.choices or key in texts:
                 continue
             found = find_answer(text)
-            if found is not None and is_one_answer(found.text):
-                pairs[key] = [problem.written_answer or problem.answer, found.text]
+            texts[key] = found.text if found else ""
+            if pair := comparison_pair(problem.written_answer or problem.answer, texts[key]):
+                pairs[key] = pair
         results = dict(zip(pairs, self._pool.map(list(pairs.values())), strict=True))
+        both = [
+            _with_second(verdict, results.get((problem.id, verdict.extracted)))
+            for (problem, _, _), verdict in zip(responses, verdicts, strict=True)
+        ]
+        return self._merge(responses, both, texts) if self._merge_votes else both
+
+    def _merge(
+        self, responses: Sequence[Response], verdicts: Sequence[Verdict], texts: dict[_Answered, str]
+    ) -> list[Verdict]:
+        votes: dict[str, Counter[tuple[str, Status]]] = {}
+        for (problem, _, _), verdict in zip(responses, verdicts, strict=True):
+            if (problem.id, verdict.extracted) in texts and verdict.status not in UNGRADED:
+                votes.setdefault(problem.id, Counter())[verdict.extracted or "", verdict.status] += 1
+        candidates = [
+            [
+                Candidate(answer, texts[problem, answer], status, count)
+                for (answer, status), count in one.items()
+            ]
+            for problem, one in votes.items()
+        ]
+        counts_as = dict(zip(votes, merge_answers(candidates, self._pool.map), strict=True))
         return [
-            Verdict(_math_status(results.get((problem.id, verdict.extracted), False)), verdict.extracted)
-            if verdict.status is Status.WRONG
-            else verdict
+            replace(
+                verdict,
+                extracted=counts_as.get(problem.id, {}).get(verdict.extracted or "", verdict.extracted),
+            )
             for (problem, _, _), verdict in zip(responses, verdicts, strict=True)
         ]
 
 
-def _math_status(result: bool | Status) -> Status:
+def _with_second(verdict: Verdict, result: bool | Status | None) -> Verdict:
+    """The rules' verdict and math-verify's, which is None where it was not asked."""
+    if result is None or verdict.extracted is None:
+        return verdict
+    if verdict.status is Status.CORRECT:
+        said = None if isinstance(result, Status) else Status.CORRECT if result else Status.WRONG
+        return replace(verdict, second_status=said)
     if isinstance(result, Status):
-        return result
-    return Status.CORRECT if result else Status.WRONG
+        return replace(verdict, status=result)
+    return replace(verdict, status=Status.CORRECT if result else Status.WRONG, second_status=verdict.status)
 
 
 class RewardVerifier:
@@ -218,12 +263,15 @@ def _normalise_exactly(text: str) -> str:
 
 
 @contextlib.contextmanager
-def open_verifier(config: TaskConfig, data_dir: Path | None) -> Iterator[Verifier]:
+def open_verifier(
+    config: TaskConfig, data_dir: Path | None, *, merge_votes: bool = False
+) -> Iterator[Verifier]:
     """The verifier of a task; open it once and give it whole batches. Its processes start with the first that needs them.
 
     Args:
         config: of the task.
         data_dir: what the relative path of a reward function is relative to; None for the working directory.
+        merge_votes: answers that math-verify takes for each other count as one; of verifier 'math' alone.
 
     Raises:
         UsageError: math-verify is not installed, or there is no such reward function.
@@ -238,6 +286,6 @@ def open_verifier(config: TaskConfig, data_dir: Path | None) -> Iterator[Verifie
             yield RewardVerifier(pool, version=f"reward-{version}")
     elif config.verifier == "math":
         with WorkerPool("rlprior.tasks.equivalence:load_comparison", {}, **limits) as pool:
-            yield MathVerifier(pool, timeout_seconds=config.verifier_timeout_seconds)
+            yield MathVerifier(pool, timeout_seconds=config.verifier_timeout_seconds, merge_votes=merge_votes)
     else:
         yield RULES
