@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from rlprior.config import UsageError
 from rlprior.evaluation.benchmarks.benchmark import Benchmark
+from rlprior.evaluation.benchmarks.instructions import InstructionVerifier
 from rlprior.tasks.config import TaskConfig
-from rlprior.tasks.verifier import Verifier, open_verifier
+from rlprior.tasks.verifier import AliasVerifier, ExactVerifier, Verifier, open_verifier
 
 
 @contextlib.contextmanager
@@ -33,5 +34,14 @@ def open_grader(
         )
         with open_verifier(task, None) as verifier:
             yield verifier
+    elif benchmark.grading == "alias":
+        yield AliasVerifier(punctuation_becomes=" " if benchmark.name == "triviaqa" else "")
+    elif benchmark.grading == "exact":
+        yield ExactVerifier()
+    elif benchmark.grading == "instructions":
+        yield InstructionVerifier()
     else:
-        raise UsageError(f"{benchmark.name}: no grader for {benchmark.grading!r}")
+        from rlprior.evaluation.code.grader import CodeVerifier
+
+        with CodeVerifier(num_workers=num_workers, unsafe_exec=unsafe_exec) as verifier:
+            yield verifier

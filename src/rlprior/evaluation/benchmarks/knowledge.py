@@ -84,7 +84,7 @@ def _open_question(prompt: str, accepted: tuple[str, ...] | list[str]) -> Proble
         prompt=prompt,
         solution=f" {answers[0]}",
         answer=answers[0],
-        reference={"answers": answers},
+        reference={"aliases": answers[1:]},
     )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rlprior.config import RunError
 from rlprior.evaluation.benchmarks.benchmark import Benchmark
 from rlprior.evaluation.benchmarks.sources import Record, Source
-from rlprior.tasks.files import CALCULATOR_MARKS
+from rlprior.tasks.files import CALCULATOR_MARKS, Gold, read_gold, read_gold_in_solution
 from rlprior.tasks.problem import Problem
-from rlprior.tasks.verify import canonical_answer, last_boxed
 
 REASON = r"Reason step by step, and write the final answer in \boxed{}."
 SUBJECTS = (
@@ -23,42 +21,50 @@ SUBJECTS = (
 
 def read_gsm8k(record: Record) -> Problem:
     """`question` and `answer`, a worked solution that ends with `#### <answer>`."""
-    worked, _, gold = CALCULATOR_MARKS.sub("", record.text("answer")).rpartition("####")
+    worked, mark, stated = CALCULATOR_MARKS.sub("", record.text("answer")).rpartition("####")
+    gold = read_gold(stated.strip() if mark else "", record.where)
     prompt = f"Question: {record.text('question')}\nAnswer:"
-    return _problem(record, prompt, gold, f" {worked.strip()}\n#### {gold.strip()}")
+    return _problem(record, prompt, gold, f" {worked.strip()}\n#### {gold.written_answer}")
 
 
 def read_math(record: Record) -> Problem:
     r"""A problem with its `answer`, or with a `solution` that states it in the last `\boxed{}`."""
-    prompt = f"Problem:\n{record.text('problem', 'question')}\n\nSolution:"
     solution = record.text("solution") if isinstance(record.fields.get("solution"), str) else ""
+    answer = record.fields.get("answer")
     gold = (
-        record.text("answer") if record.fields.get("answer") not in (None, "") else last_boxed(solution) or ""
+        read_gold(answer, record.where)
+        if answer is not None
+        else read_gold_in_solution(solution, record.where)
     )
-    return _problem(record, prompt, gold, f" {solution}" if solution else rf" \boxed{{{gold}}}")
+    worked = f" {solution}" if solution else rf" \boxed{{{gold.written_answer}}}"
+    return _problem(record, _math_prompt(record.text("problem", "question")), gold, worked)
 
 
 def read_olympiadbench(record: Record) -> Problem:
-    """`question`, after its `context` if it has one, and `final_answer`, a list; several answers are one set."""
-    question = "\n".join(text for text in (record.fields.get("context"), record.text("question")) if text)
-    gold = ", ".join(answer.strip("$ ") for answer in record.texts("final_answer"))
-    prompt = f"Problem:\n{question.strip()}\n\nSolution:"
-    return _problem(record, prompt, gold, rf" \boxed{{{gold}}}", str(record.fields.get("subfield") or ""))
+    """`question`, after its `context` if it has one, and `final_answer`, a list; with `is_multiple_answer` all of several answers."""
+    several = bool(record["is_multiple_answer"])
+    gold = read_gold(list(record.texts("final_answer")), record.where, several=several)
+    context = str(record.fields.get("context") or "").strip()
+    question = "\n".join(text for text in (context, record.text("question")) if text)
+    group = str(record.fields.get("subfield") or "")
+    return _problem(record, _math_prompt(question), gold, rf" \boxed{{{gold.written_answer}}}", group)
 
 
-def _problem(record: Record, prompt: str, gold: str, solution: str, group: str = "") -> Problem:
-    answer = canonical_answer(gold)
-    if not answer:
-        raise RunError(f"{record.where}: no gold answer in {', '.join(record.fields)}")
+def _math_prompt(problem: str) -> str:
+    return f"Problem:\n{problem}\n\nSolution:"
+
+
+def _problem(record: Record, prompt: str, gold: Gold, worked: str, group: str = "") -> Problem:
     return Problem(
         id="",
         task="",
         difficulty=0,
         prompt=prompt,
-        solution=solution,
-        answer=answer,
-        written_answer=gold.strip() if gold.strip() != answer else None,
+        solution=worked,
+        answer=gold.answer,
+        written_answer=gold.written_answer,
         group=group or record.part or str(record.fields.get("subject") or ""),
+        reference=gold.reference,
     )
 
 

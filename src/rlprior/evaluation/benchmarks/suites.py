@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlprior.evaluation.benchmarks import commonsense, knowledge, logic, mathematics
+from rlprior.evaluation.benchmarks import coding, commonsense, instructions, knowledge, logic, mathematics
 from rlprior.evaluation.benchmarks.benchmark import Benchmark, Category
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -37,6 +37,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         mathematics.AMC23,
         mathematics.AIME24,
         mathematics.AIME25,
+        coding.HUMANEVAL,
+        coding.HUMANEVALPLUS,
+        coding.MBPP,
+        coding.MBPPPLUS,
+        instructions.IFEVAL,
     )
 }
 
