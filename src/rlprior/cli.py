@@ -74,6 +74,15 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
         ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
     ),
+    "samples": (
+        "read a run's questions, responses and verdicts in one HTML page, tokens coloured by what a model says of them",
+        [
+            "rlprior samples runs/ce-eval",
+            "rlprior samples runs/ce-eval --model runs/ce/checkpoints/step-00000400",
+            "rlprior samples runs/rl-eval --model runs/rl/checkpoints/step-00000100 --against runs/ce/checkpoints/step-00000400",
+            "rlprior samples runs/ce-eval --task gsm8k --max-questions 500 --out gsm8k.html --parquet gsm8k.parquet",
+        ],
+    ),
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
         ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
@@ -92,7 +101,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
-WITHOUT_SETTINGS = ("watch", "report")
+WITHOUT_SETTINGS = ("samples", "watch", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,6 +206,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["evaluate"].add_argument(
         "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
     )
+    _add_samples_arguments(parsers["samples"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
     )
@@ -261,6 +271,34 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_samples_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory", type=Path, metavar="RUN", help="the folder of an evaluation, or of any run with samples/"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="a Hugging Face folder that says how probable each token is",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="another with the same tokenizer, to show the difference",
+    )
+    parser.add_argument("--task", nargs="+", default=(), metavar="NAME", help="these tasks alone")
+    parser.add_argument(
+        "--max-questions", type=int, default=100, metavar="N", help="of each task and step (default: 100)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="the page to write (default: RUN/samples.html)"
+    )
+    parser.add_argument(
+        "--parquet", type=Path, metavar="FILE", help="also all samples as a table, a row each"
+    )
+
+
 _RUN = {
     "demo": commands.run_demo,
     "study": commands.run_study,
@@ -270,6 +308,7 @@ _RUN = {
     "sft": commands.run_sft,
     "dpo": commands.run_dpo,
     "evaluate": commands.run_evaluate,
+    "samples": commands.run_samples,
     "watch": commands.run_watch,
     "plan": plan_command.run,
     "report": commands.run_report,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlprior.config import UsageError
 
 if TYPE_CHECKING:
+    from rlprior.evaluation.browser import Page
     from rlprior.study.plan import PlannedRun
 
 
@@ -208,6 +209,44 @@ def run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
     if not known.dry_run:
         print(describe_results(out))
     return code
+
+
+def run_samples(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Write the page of a run's samples, and their table."""
+    from rlprior.evaluation.browser import collect, write_page
+    from rlprior.evaluation.pools import find_stores, read_pool, write_parquet
+
+    if known.max_questions < 1:
+        raise UsageError("--max-questions must be at least 1")
+    if known.against and not known.model:
+        raise UsageError("--against needs --model: the difference is of the two")
+    pools = [read_pool(path) for path in find_stores(known.directory, known.task)]
+    page = collect(pools, known.max_questions)
+    if known.model:
+        _color(page, known)
+    out = known.out or known.directory / "samples.html"
+    write_page(page, pools, out, title=known.directory.resolve().name)
+    print(f"page: {out} ({page.num_samples:,} samples of {len(page.cards):,} questions)")
+    if known.parquet:
+        print(f"table: {known.parquet} ({write_parquet(pools, known.parquet):,} samples)")
+    return 0
+
+
+def _color(page: Page, known: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from rlprior.evaluation.coloring import color_tokens
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("reading the models", total=None)
+        color_tokens(
+            page,
+            known.model,
+            known.against,
+            lambda what, done, total: bars.update(bar, description=what, completed=done, total=total),
+        )
 
 
 def run_watch(known: argparse.Namespace, overrides: list[str]) -> int:

@@ -61,19 +61,25 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: {_DISK_ERRORS[error.errno]}") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, flush it to disk, and rename it over: a reader sees the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to; it takes the place of `path` at the end, and is gone where that fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with disk_errors(path):
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+            yield aside
+            with aside.open("rb") as file:
                 os.fsync(file.fileno())
             aside.replace(path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` beside `path`, flush it to disk, and rename it over: a reader sees the old file or the new one."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -91,9 +91,9 @@ def grades_of(samples_path: Path) -> Path:
     return samples_path.with_suffix(".grades.jsonl")
 
 
-def read_grades(path: Path, *, grader: str) -> list[Grade] | None:
-    """Grades by that version of the grader; None where there are none, or only another version's."""
+def read_grades(path: Path, *, grader: str | None) -> list[Grade] | None:
+    """Grades by that version of the grader (None: by any); None where there are none, or only another version's."""
     header, *records = read_jsonl(path) or [{}]
-    if header.get("grader") != grader or header.get("num_grades") != len(records):
+    if header.get("num_grades") != len(records) or grader not in (None, header.get("grader")):
         return None
     return [Grade(**record) for record in records]
