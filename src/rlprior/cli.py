@@ -71,8 +71,13 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "evaluate": (
-        "held-out likelihood and Avg@m, Cons@m, Pass@k of a Hugging Face folder",
-        ["rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval"],
+        "a suite of benchmarks, or held-out likelihood and tasks of your own, on a Hugging Face folder",
+        [
+            "rlprior evaluate MODEL --suite paper-base --data-dir data --out runs/ce-paper",
+            "rlprior evaluate MODEL --suite paper-base --benchmarks gsm8k mmlu --samples 8 --max-questions 200",
+            "rlprior evaluate MODEL --suite paper-rl --samples 128 --max_new_tokens=16384",
+            "rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval",
+        ],
     ),
     "samples": (
         "read a run's questions, responses and verdicts in one HTML page, tokens coloured by what a model says of them",
@@ -202,10 +207,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["dpo"].add_argument(
         "--samples", metavar="FILE", help="graded samples of an evaluation (default: the run draws its own)"
     )
-    parsers["evaluate"].add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
-    parsers["evaluate"].add_argument(
-        "--config", type=Path, required=True, metavar="FILE.toml", help="data and evaluation settings"
-    )
+    _add_evaluate_arguments(parsers["evaluate"])
     _add_samples_arguments(parsers["samples"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
@@ -251,6 +253,36 @@ def _build_parser() -> argparse.ArgumentParser:
             "--dry-run", action="store_true", help="print the plan and what it costs, and stop"
         )
     return parser
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--suite", metavar="NAME", help="benchmarks: paper-base, paper-rl, remit-base or remit-post"
+    )
+    what.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="held-out text and tasks of your own instead"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="M",
+        help="answers drawn to each question of a suite (default: 128); asking for more later goes on with those there are",
+    )
+    parser.add_argument(
+        "--max-questions",
+        type=int,
+        metavar="N",
+        help="of each benchmark, at random, the same for every model (default: all)",
+    )
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="of the suite these alone")
+    parser.add_argument(
+        "--skip-missing", action="store_true", help="leave out the benchmarks whose data is not there"
+    )
+    parser.add_argument(
+        "--unsafe-exec", action="store_true", help="run programs of the model where they cannot be isolated"
+    )
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -176,11 +176,58 @@ def run_dpo(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def run_evaluate(known: argparse.Namespace, overrides: list[str]) -> int:
     """Measure one model."""
+    return _evaluate_suite(known, overrides) if known.suite else _evaluate_config(known, overrides)
+
+
+def _evaluate_suite(known: argparse.Namespace, overrides: list[str]) -> int:
+    from rlprior.config import apply_overrides, decode
+    from rlprior.evaluation import suite
+    from rlprior.evaluation.suite_table import write_table
+    from rlprior.runs import input_identity
+    from rlprior.study.plan import plan_run
+
+    request = {
+        "samples_per_question": known.samples,
+        "max_questions": known.max_questions,
+        "benchmarks": known.benchmarks,
+        "skip_missing": known.skip_missing,
+    }
+    settings: dict[str, Any] = {
+        "target": str(known.model.resolve()),
+        "suite": known.suite,
+        "request": {name: value for name, value in request.items() if value is not None},
+        "unsafe_exec": known.unsafe_exec,
+    }
+    if known.data_dir:
+        settings["data_dir"] = str(Path(known.data_dir).resolve())
+    config = decode(
+        suite.SuiteRunConfig, apply_overrides(settings, overrides), source=f"evaluate --suite {known.suite}"
+    )
+    label = f"evaluate {known.model.name} on {known.suite}"
+    planned = plan_run(
+        "suite",
+        config,
+        label=label,
+        directory=(known.out or Path("runs") / label.replace(" ", "-")).resolve(),
+        inputs={"target": input_identity(known.model), "data_dir": ""},
+    )
+    if planned.is_done and not suite.is_answered(planned.directory, config.request):
+        (planned.directory / "result.json").unlink()  # it is asked for more, or less
+    code = _make_alone([planned], known)
+    if not known.dry_run:
+        print(write_table(planned.directory))
+    return code
+
+
+def _evaluate_config(known: argparse.Namespace, overrides: list[str]) -> int:
     from rlprior.evaluation.stage import EvaluationRunConfig, describe_results
     from rlprior.runs import input_identity
     from rlprior.study.config import EvaluateFile
     from rlprior.study.plan import plan_data, plan_run, task_inputs
 
+    for name in ("samples", "max_questions", "benchmarks", "skip_missing", "unsafe_exec"):
+        if getattr(known, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for --suite; with --config the file says it")
     file = _load(EvaluateFile, known.config, known, overrides)
     out = (known.out or Path("runs") / f"evaluate-{known.model.name}").resolve()
     data = plan_data(file.data, out.parent, file.data_dir)

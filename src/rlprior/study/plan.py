@@ -11,6 +11,7 @@ from typing import Any
 from rlprior.data import prepare
 from rlprior.data.config import DataConfig
 from rlprior.evaluation import stage as evaluation_stage
+from rlprior.evaluation import suite
 from rlprior.models.presets import num_parameters, training_flops_per_token
 from rlprior.posttraining import dpo, sft
 from rlprior.rl import loop
@@ -30,6 +31,7 @@ STAGES: dict[str, Any] = {
     "sft": sft,
     "dpo": dpo,
     "evaluate": evaluation_stage,
+    "suite": suite,
 }
 """Stage -> module with `run(config, run)` and `CODE`, the modules that compute it."""
 

@@ -1,0 +1,111 @@
+"""The table of a suite: scores with their intervals, what became of the answers, and the paper's averages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlprior.evaluation.benchmarks.suites import SUITES, category_averages
+from rlprior.evaluation.suite import RESULTS_FILE
+from rlprior.runs import write_atomically
+from rlprior.samples.estimators import avg_at_m, pass_at_k
+from rlprior.samples.intervals import score_interval
+
+TABLE_FILE = "results.md"
+PASS_K = 64
+"""Pass@64, as in the paper; of fewer samples as many as there are."""
+
+
+def write_table(directory: Path) -> str:
+    """Write `results.md` from `results.json`, and return it."""
+    results = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    text = describe_results(results)
+    write_atomically(directory / TABLE_FILE, text + "\n")
+    return text
+
+
+def describe_results(results: dict[str, Any]) -> str:
+    """A Markdown table of the benchmarks, then the averages, then what to know of them."""
+    suite, benchmarks = SUITES[results["suite"]], results["benchmarks"]
+    scores = {name: scores_of(one) for name, one in benchmarks.items()}
+    rows = [_row(one, scores[name]) for name, one in benchmarks.items()]
+    decoding = results["decoding"]
+    lines = [
+        f"{suite.name}: {suite.title}; {results['model']}",
+        "",
+        *_table(
+            (
+                "category",
+                "benchmark",
+                "shots",
+                "questions",
+                "accuracy",
+                "Pass@k",
+                "Cons@m",
+                "cut",
+                "no answer",
+            ),
+            rows,
+        ),
+        "",
+    ]
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    for title, average in category_averages(means, suite).items():
+        value = (
+            f"without {', '.join(average.missing)} there is none"
+            if average.value is None
+            else f"{100 * average.value:.2f}"
+        )
+        lines.append(f"- {title}: {value}")
+    lines += [
+        "",
+        f"Sampled at temperature {decoding['temperature']:g} and top-p {decoding['top_p']:g}; accuracy is Avg@m, in percent, or that of the likeliest choice; "
+        "in brackets its 95% interval over questions like these; Pass@k and Cons@m are of the samples; cut: at the length limit.",
+    ]
+    for name, values in scores.items():
+        if warning := score_interval(values).warning:
+            lines.append(f"{benchmarks[name]['title']}: {warning}.")
+    lines += [f"Not asked: {reason}" for reason in results["missing"].values()]
+    return "\n".join(lines)
+
+
+def scores_of(benchmark: dict[str, Any]) -> np.ndarray:
+    """Avg@m of each question, in [0, 1]; of a likelihood benchmark 0 or 1."""
+    return avg_at_m(benchmark["num_samples"], np.array(benchmark["num_correct"]))
+
+
+def _row(benchmark: dict[str, Any], scores: np.ndarray) -> tuple[str, ...]:
+    interval, m = score_interval(scores), benchmark["num_samples"]
+    row = [
+        benchmark["category"],
+        benchmark["title"],
+        str(benchmark["num_shots"]),
+        str(len(scores)),
+        f"{100 * interval.value:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})",
+    ]
+    if benchmark["metric"] == "likelihood":
+        return (*row, "", "", "", "")
+    k, total = min(PASS_K, m), m * len(scores)
+    passed = pass_at_k(m, np.array(benchmark["num_correct"]), k).mean()
+    votes = benchmark["consensus"]
+    return (
+        *row,
+        f"{100 * passed:.1f} @{k}",
+        f"{100 * np.mean(votes):.1f} @{m}" if votes else "",
+        f"{sum(benchmark['num_truncated']) / total:.1%}",
+        f"{sum(benchmark['num_unparsable']) / total:.1%}",
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = [
+        [title.ljust(width) for title, width in zip(titles, widths, strict=True)],
+        ["-" * width for width in widths],
+    ]
+    lines += [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
