@@ -305,8 +305,10 @@ def _estimate(
     ratio: Callable[[int, int, int], float], n: int | IntArray, c: int | IntArray, drawn: int, drawn_name: str
 ) -> float | FloatArray:
     samples, correct = _check_counts(np.asarray(n), np.asarray(c), drawn, drawn_name)
-    pairs = zip(samples.ravel().tolist(), correct.ravel().tolist(), strict=True)
-    values = [ratio(int(total), int(right), drawn) for total, right in pairs]
+    pairs = list(zip(samples.ravel().tolist(), correct.ravel().tolist(), strict=True))
+    # far fewer counts than problems: exact ratios of large integers are worth computing once
+    value_of = {(total, right): ratio(total, right, drawn) for total, right in set(pairs)}
+    values = [value_of[pair] for pair in pairs]
     if isinstance(n, int) and isinstance(c, int):
         return values[0]
     return np.array(values, dtype=np.float64).reshape(correct.shape)
