@@ -88,6 +88,13 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
             "rlprior samples runs/ce-eval --task gsm8k --max-questions 500 --out gsm8k.html --parquet gsm8k.parquet",
         ],
     ),
+    "compare": (
+        "whether two evaluations of the same questions differ by more than chance, benchmark by benchmark",
+        [
+            "rlprior compare runs/ce-eval runs/sharp-eval",
+            "rlprior compare runs/ce-eval runs/sharp-eval --metric pass@8 --out runs/ce-sharp.json",
+        ],
+    ),
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
         ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
@@ -106,7 +113,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
-WITHOUT_SETTINGS = ("samples", "watch", "report")
+WITHOUT_SETTINGS = ("samples", "compare", "watch", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,6 +216,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_evaluate_arguments(parsers["evaluate"])
     _add_samples_arguments(parsers["samples"])
+    _add_compare_arguments(parsers["compare"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
     )
@@ -331,6 +339,18 @@ def _add_samples_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, label in (("first", "A"), ("second", "B")):
+        parser.add_argument(name, type=Path, metavar=label, help="a folder that `rlprior evaluate` wrote")
+    parser.add_argument(
+        "--metric",
+        default="avg",
+        metavar="avg|pass@K|cons",
+        help="share of correct samples (default), Pass@K, or majority votes",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every number there too")
+
+
 _RUN = {
     "demo": commands.run_demo,
     "study": commands.run_study,
@@ -341,6 +361,7 @@ _RUN = {
     "dpo": commands.run_dpo,
     "evaluate": commands.run_evaluate,
     "samples": commands.run_samples,
+    "compare": commands.run_compare,
     "watch": commands.run_watch,
     "plan": plan_command.run,
     "report": commands.run_report,

@@ -296,6 +296,28 @@ def _color(page: Page, known: argparse.Namespace) -> None:
         )
 
 
+def run_compare(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Two evaluations, question by question."""
+    from rlprior.evaluation.comparison import (
+        Metric,
+        as_data,
+        compare_evaluations,
+        describe,
+        read_evaluation,
+    )
+    from rlprior.runs import write_json
+
+    metric = Metric.parse(known.metric)
+    first, second = read_evaluation(known.first), read_evaluation(known.second)
+    comparison = compare_evaluations(first, second, metric)
+    print(f"A: {known.first}\nB: {known.second}\n\n{describe(comparison)}")
+    if known.out:
+        known.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known.out, {"a": str(known.first), "b": str(known.second), **as_data(comparison)})
+        print(f"\nwritten: {known.out}")
+    return 0
+
+
 def run_watch(known: argparse.Namespace, overrides: list[str]) -> int:
     """Show a run or a study."""
     from rlprior.study.watch_view import watch
