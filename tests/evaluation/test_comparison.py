@@ -148,6 +148,23 @@ def test_a_benchmark_that_cannot_be_compared_leaves_the_others(tmp_path: Path) -
     assert found.notes == ("choices: left out, Pass@2 needs 2 samples of a question and there are 1",)
 
 
+def test_what_holds_of_many_benchmarks_is_said_once(tmp_path: Path) -> None:
+    names = ("x", "y", "z")
+    a = write_suite(tmp_path / "a", **{name: benchmark(draws(0)) for name in names})
+    b = write_suite(tmp_path / "b", **{name: benchmark(draws(1), top_p=1.0) for name in names})
+    assert compare(a, b).notes == (
+        "x, y, z: top_p is 0.95 in A and 1.0 in B: the difference is that of more than the models",
+    )
+
+
+def test_decoding_means_nothing_to_likelihoods(tmp_path: Path) -> None:
+    entry = benchmark([0, 1] * 100, m=1, metric="likelihood")
+    a, b = write_suite(tmp_path / "a", x=entry), write_records(tmp_path / "b", x={**entry, "version": "2"})
+    assert compare(a, a).notes == ()
+    notes = compare(a, b).notes
+    assert any(note.startswith("x: temperature is not recorded in A and 0.7 in B") for note in notes)
+
+
 # Verdicts and words
 
 
@@ -251,7 +268,7 @@ def test_the_command_prints_and_writes_the_same(tmp_path: Path, capsys: pytest.C
     one = written["benchmarks"]["x"]
     assert one["difference"] == pytest.approx(one["scores"][1] - one["scores"][0], abs=1e-15)
     assert one["sentence"] in printed
-    assert written["correction"] == "Holm, 1 benchmarks"
+    assert written["correction"] == "none, one benchmark"
 
 
 def test_a_real_evaluation_can_be_compared(

@@ -158,7 +158,11 @@ def read_evaluation(folder: Path) -> dict[str, Scores]:
         else:
             records = read_jsonl(stage)
             shared, benchmarks = {}, records[-1]["tasks"] if records else {}
-        found = {name: _read_scores({**shared, **entry}) for name, entry in benchmarks.items()}
+        found = {
+            # likelihoods are not sampled, whatever the decoding
+            name: _read_scores(entry if entry.get("metric") == "likelihood" else {**shared, **entry})
+            for name, entry in benchmarks.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise UsageError(f"{path}: not what `rlprior evaluate` writes ({what})") from error
@@ -198,7 +202,7 @@ def compare_evaluations(
         UsageError: there is no benchmark to compare.
     """
     notes = [
-        f"{name}: only in {label}"
+        (name, f"only in {label}")
         for label, mine, other in (("A", first, second), ("B", second, first))
         for name in mine
         if name not in other
@@ -210,15 +214,23 @@ def compare_evaluations(
         common = [(i, position[one]) for i, one in enumerate(left.problem_ids) if one in position]
         obstacle = metric.obstacle(left, right) if common else "no question in common"
         if obstacle:
-            notes.append(f"{name}: left out, {obstacle}")
+            notes.append((name, f"left out, {obstacle}"))
             continue
         pairs[name] = left, right, common
-        notes += [f"{name}: {note}" for note in _describe_mismatches(left, right, len(common))]
+        notes += [(name, note) for note in _describe_mismatches(left, right, len(common))]
     if not pairs:
-        raise UsageError("nothing to compare: " + "; ".join(notes))
+        raise UsageError("nothing to compare: " + "; ".join(_gather_notes(notes)))
     rows = _compare_pairs(pairs, metric)
-    notes += [f"{row.benchmark}: {row.difference.warning}" for row in rows if row.difference.warning]
-    return Comparison(metric=metric, rows=rows, notes=tuple(notes))
+    notes += [(row.benchmark, row.difference.warning) for row in rows if row.difference.warning]
+    return Comparison(metric=metric, rows=rows, notes=_gather_notes(notes))
+
+
+def _gather_notes(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """One line for all benchmarks of which the same is to be said."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes:
+        names.setdefault(note, []).append(name)
+    return tuple(f"{', '.join(of)}: {note}" for note, of in names.items())
 
 
 def _describe_mismatches(left: Scores, right: Scores, num_common: int) -> list[str]:
@@ -232,7 +244,7 @@ def _describe_mismatches(left: Scores, right: Scores, num_common: int) -> list[s
     if left.num_samples != right.num_samples:
         found.append(f"{left.num_samples} samples a question in A, {right.num_samples} in B")
     for name in SETTINGS:
-        a, b = left.settings.get(name), right.settings.get(name)
+        a, b = (one.settings.get(name, "not recorded") for one in (left, right))
         if a != b:
             found.append(f"{name} is {a} in A and {b} in B: the difference is that of more than the models")
     return found
@@ -342,7 +354,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "format": 1,
         "metric": str(comparison.metric),
         "level": LEVEL,
-        "correction": f"Holm, {len(rows)} benchmarks",
+        "correction": f"Holm, {len(rows)} benchmarks" if len(rows) > 1 else "none, one benchmark",
         "benchmarks": {
             row.benchmark: {
                 "num_questions": row.difference.num_questions,

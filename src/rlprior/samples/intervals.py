@@ -182,7 +182,8 @@ def sampling_difference(first: Interval, second: Interval) -> Interval:
 def doubt(differences: FloatArray) -> str:
     """One sentence that says why the interval of a difference may be too narrow; empty where nothing speaks against it.
 
-    A few large changes among many small ones are what few questions miss, and what their spread then does not show.
+    A few large changes among many small ones are what few questions miss, and what their spread then does not show. Where nothing changed at
+    all, the invented changes of 1 make up for it.
 
     Args:
         differences: score of one model minus score of the other on each question, [n].
@@ -196,7 +197,7 @@ def doubt(differences: FloatArray) -> str:
     spreading = spreading_questions(differences)
     if n < MIN_QUESTIONS_OF_DIFFERENCE:
         return f"{n} questions are few: the interval may be too narrow"
-    if spreading < MIN_SPREADING:
+    if 0 < spreading < MIN_SPREADING:
         return f"the spread comes from about {spreading:.0f} of {n} questions: the interval may be too narrow"
     return ""
 
