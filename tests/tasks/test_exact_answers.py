@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import AliasVerifier, ExactVerifier
 
 RIGHT, WRONG, NONE, CUT = Status.CORRECT, Status.WRONG, Status.UNPARSABLE, Status.TRUNCATED
-DATA = Path(os.environ.get("RLPRIOR_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-"""Benchmarks as their authors publish them."""
 
 
 def problem(answer: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Problem:
@@ -159,9 +156,8 @@ def test_versions_tell_the_verifiers_apart() -> None:
     assert len(versions) == 3
 
 
-@pytest.mark.skipif(not (DATA / "nq_open").is_dir(), reason="NQ-open is not on this machine")
-def test_every_accepted_answer_of_nq_open_is_accepted() -> None:
-    lines = (DATA / "nq_open" / "NQ-open.dev.jsonl").read_text().splitlines()
+def test_every_accepted_answer_of_nq_open_is_accepted(real_data: Path) -> None:
+    lines = (real_data / "nq_open" / "NQ-open.dev.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     responses = [
         (problem(one["answer"][0], aliases=tuple(one["answer"])), f" {alias}\n\nQ: next", False)
@@ -172,12 +168,11 @@ def test_every_accepted_answer_of_nq_open_is_accepted() -> None:
     assert {verdict.status for verdict in AliasVerifier().grade(responses)} == {RIGHT}
 
 
-@pytest.mark.skipif(not (DATA / "bbh").is_dir(), reason="BIG-Bench Hard is not on this machine")
-def test_every_target_of_big_bench_hard_is_exact() -> None:
+def test_every_target_of_big_bench_hard_is_exact(real_data: Path) -> None:
     targets = sorted(
         {
             example["target"]
-            for path in (DATA / "bbh").glob("*.json")
+            for path in (real_data / "bbh").glob("*.json")
             for example in json.loads(path.read_text())["examples"]
         }
     )

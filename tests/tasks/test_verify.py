@@ -255,6 +255,15 @@ def test_no_response_raises(text: str) -> None:
         ". ",
         "9",
         "\t",
+        r"\boxed{1}, ",
+        r"\boxed{1} or $",
+        r"\text{a}",
+        r"\text{ ",
+        "1 1/2 ",
+        "x = 1 or ",
+        "1, ",
+        r"\pm",
+        "$",
     ],
 )
 def test_no_repetition_makes_it_slow(unit: str) -> None:

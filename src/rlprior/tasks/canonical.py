@@ -21,7 +21,7 @@ _MIXED = re.compile(
 )
 # "72 clips" states 72; "5 or 7", "3 and a half", "2 million" and "5 squared" do not state their first number.
 _NOT_UNITS = re.compile(
-    r"\b(?:or|and|to|plus|minus|times|over|below|negative|not|squared|cubed|factorial|tens|half|halves|thirds?"
+    r"\b(?:or|and|to|plus|minus|times|over|below|negative|not|squared|cubed|factorial|tens|half|halves|thirds?|[ap]\.?m"
     r"|(?:dozen|hundred|thousand|[mbtr]+illion)(?:th)?s?|(?:quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?)\b",
     re.IGNORECASE,
 )
@@ -40,6 +40,7 @@ _SEPARATORS = re.compile(
     r"(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<separator>(?:(?<![0-9]),|,(?![0-9]{3}(?![0-9]))|;|\b(?:or|and)\b))"
 )
 _SET = re.compile(r"(?:[A-Za-z]\s*(?:\\in|=)\s*)?\\\{(?P<members>.*)\\\}", re.DOTALL)
+_ONE_IN_BRACES = re.compile(r"(\\sqrt(?=\s*\{\s*[0-9])|[_^])\s*\{\s*([0-9a-z])\s*\}")
 _PUNCTUATION = re.compile(r"\s*([^\w\s])\s*")
 _NOISE = re.compile(
     r"\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\\[!,;:()\[\]]|\\?[$%]|(?<![\w)])\*\*|\*\*(?![\w(])"
@@ -55,6 +56,7 @@ _SPELLINGS = [
         (r"\\leq(?:slant)?(?![a-zA-Z])|" + "\u2264", r"\\le "),
         (r"\\geq(?:slant)?(?![a-zA-Z])|" + "\u2265", r"\\ge "),
         (r"\\neq(?![a-zA-Z])|" + "\u2260", r"\\ne "),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
         ("\u03c0", r"\\pi "),
         ("\u221e", r"\\infty "),
     )
@@ -74,14 +76,14 @@ def canonical_answer(text: str) -> str:
     unit = _UNIT_COMMAND.search(bare)
     if unit and not states_other_amount(unit["unit"]):
         bare = bare[: unit.start()]
-    bare = remove_markup(bare).rstrip(".").strip()
+    bare = remove_markup(bare).rstrip(".,;: ")
     bare = _right_side(bare).strip()
     value = parse_number(bare)
     if value is None and (match := _WITH_UNIT.fullmatch(bare)) and not states_other_amount(match["unit"]):
         value = parse_number(match["number"])
     if value is not None:
         return _number_text(value)
-    return " ".join(_PUNCTUATION.sub(r"\1", bare.casefold()).split())
+    return " ".join(_PUNCTUATION.sub(r"\1", _ONE_IN_BRACES.sub(r"\1\2", bare.casefold())).split())
 
 
 def canonical_answers(texts: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}")
 _SEPARATOR = re.compile(r"\s*,?\s*(?:or|and)\s*|[\s,;]*")
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z]*\})?")
 _WORD = re.compile(r"[A-Za-z]{4,}")
-_NUMBERS_APART = re.compile(r"(?<!\\frac )[0-9]\s+[0-9]")
+_NUMBERS_APART = re.compile(r"(?<!\\frac )(?<![_^])[0-9]\s+[0-9]")
 _TIME = re.compile(r"\b[0-9]{1,2}:[0-9]{2}\b")
 _BASE = re.compile(r"[0-9]\s*_\s*\{?\s*([0-9]+)")
 
@@ -42,8 +42,9 @@ def is_one_answer(text: str) -> bool:
 def comparison_pair(gold: str, answer: str) -> list[str] | None:
     r"""Two answers as math-verify is asked about them; None where it would read something else than they say.
 
-    It adds up numbers that stand side by side ("2 5" is 7), drops what `\\text{...}` says about a number ("thousand", "or more", the
-    imaginary unit) and the base of a numeral, divides the hours of a time by its minutes, and takes words for products of their letters.
+    Mixed numbers and upright letters (`\mathrm{i}`) are written as it reads them. It adds up numbers that stand side by side ("2 5" is 7),
+    drops what `\text{...}` says about a number ("thousand", "or more") and the base of a numeral, divides the hours of a time by its minutes,
+    and takes words for products of their letters: it is not asked about these.
 
     >>> comparison_pair("5/2", "2 1/2"), comparison_pair("7", r"7\text{ thousand}"), comparison_pair("live", "evil")
     (['5/2', '2\\frac{1}{2}'], None, None)

@@ -13,7 +13,7 @@ MAX_READ_CHARACTERS = 2000
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _STATED = re.compile(
-    r"the\s+(?:final\s+)?answer\s+is\b(?:[ \t]+(?:then|therefore|thus))?[ \t]*:?(?=(?P<rest>[^\n]*))",
+    r"the\s+(?:(?:final|correct|best)\s+)?answer\s+is\b(?:[ \t]+(?:then|therefore|thus))?[ \t]*:?(?=(?P<rest>[^\n]*))",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####(?P<rest>[^\n#]*)")
