@@ -5,11 +5,19 @@ The standard library alone: the sandbox imports this file without the rest of th
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 MAX_PLAIN_BITS = 4096
 """Longer integers are written in hexadecimal, which is read in linear time and has no limit on its digits."""
+MAX_OUTPUT_CHARACTERS = 1 << 16
+"""Of the canonical text of an output; of a longer one its hash alone leaves the sandbox."""
+
+_PLAIN_TYPES = {str, float, bool, type(None)}
+_FAST_TEXTS: dict[type, Callable[[Any], str]] = {str: repr, int: hex}
+"""What `canonical_text` says of the items of sequences of one type."""
 
 
 def encode(value: Any) -> Any:
@@ -35,13 +43,51 @@ def encode(value: Any) -> Any:
         case bytes() | bytearray():
             return {"bytes": value.hex()}
         case list():
-            return [encode(item) for item in value]
+            return _encode_items(value)
         case tuple() | set() | frozenset():
-            name = "tuple" if isinstance(value, tuple) else "set"
-            return {name: [encode(item) for item in value]}
+            return {"tuple" if isinstance(value, tuple) else "set": _encode_items(value)}
         case dict():
             return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     return {"object": type(value).__qualname__}
+
+
+def _encode_items(items: Collection[Any]) -> list[Any]:
+    # some problems return 10^8 of them
+    return list(items) if set(map(type, items)) <= _PLAIN_TYPES else [encode(item) for item in items]
+
+
+def encode_output(value: Any) -> Any:
+    """A value as `encode` writes it, or `{"digest": SHA-256 of its canonical text}` where that is long.
+
+    Of a list or tuple no more is held at once than its longest item needs.
+    """
+    if not isinstance(value, list | tuple):
+        encoded = encode(value)
+        try:
+            text = canonical_text(encoded)
+        except ValueError:
+            return encoded
+        return encoded if len(text) <= MAX_OUTPUT_CHARACTERS else {"digest": _sha256(text).hexdigest()}
+    opening, closing = "[]" if isinstance(value, list) else "()"
+    digest, length, items = _sha256(opening), 2, []
+    for number, item in enumerate(value):
+        encoded = encode(item)
+        try:
+            text = f",{canonical_text(encoded)}" if number else canonical_text(encoded)
+        except ValueError:
+            return encode(value)
+        digest.update(text.encode(errors="surrogatepass"))
+        length += len(text)
+        if length <= MAX_OUTPUT_CHARACTERS:
+            items.append(encoded)
+    if length > MAX_OUTPUT_CHARACTERS:
+        digest.update(closing.encode())
+        return {"digest": digest.hexdigest()}
+    return items if isinstance(value, list) else {"tuple": items}
+
+
+def _sha256(text: str) -> Any:
+    return hashlib.sha256(text.encode(errors="surrogatepass"))
 
 
 def decode(encoded: Any) -> Any:
@@ -92,7 +138,7 @@ def canonical_text(encoded: Any) -> str:
         case str():
             return repr(encoded)
         case [*items]:
-            return f"[{','.join(map(canonical_text, items))}]"
+            return f"[{','.join(_texts(items))}]"
         case {"int": str(digits)}:
             return _number_text(int(digits, 16))
         case {"complex": [bool() | int() | float() as real, bool() | int() | float() as imaginary]}:
@@ -102,12 +148,19 @@ def canonical_text(encoded: Any) -> str:
         case {"bytes": str(digits)}:
             return f"b{digits!r}"
         case {"tuple": [*items]}:
-            return f"({','.join(map(canonical_text, items))})"
+            return f"({','.join(_texts(items))})"
         case {"set": [*items]}:
-            return f"{{{','.join(sorted(map(canonical_text, items)))}}}"
+            return f"{{{','.join(sorted(_texts(items)))}}}"
         case {"dict": [*pairs]}:
-            return f"dict{{{','.join(sorted(_pair_text(pair) for pair in pairs))}}}"
+            return f"dict{{{','.join(sorted(map(_pair_text, pairs)))}}}"
+        case {"digest": str(digest)}:
+            return f"digest {digest!r}"
     raise ValueError("not a value that can be compared")
+
+
+def _texts(items: list[Any]) -> Iterable[str]:
+    types = set(map(type, items))
+    return map(_FAST_TEXTS.get(types.pop(), canonical_text) if len(types) == 1 else canonical_text, items)
 
 
 def _pair_text(pair: Any) -> str:
