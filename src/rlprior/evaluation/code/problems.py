@@ -15,6 +15,7 @@ A reference is a JSON object:
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,9 +108,15 @@ def _with_tuples(value: Any, depths: frozenset[int], depth: int = 0) -> Any:
     return tuple(items) if depth in depths else items
 
 
+def _parse(code: str) -> list[ast.stmt]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escape sequences that mean nothing
+        return ast.parse(code).body
+
+
 def _read_check(test: str, entry_point: str) -> dict[str, Any]:
     """Of a test that defines `check(candidate)`."""
-    functions = [node for node in ast.parse(test).body if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in _parse(test) if isinstance(node, ast.FunctionDef)]
     cases = _read_cases(functions[0].body, "candidate") if len(functions) == 1 else None
     return cases or {"test": f"{test}\ncheck({entry_point})\n"}
 
@@ -118,8 +125,8 @@ def _read_test_list(record: Mapping[str, Any]) -> dict[str, Any]:
     """Of lines of assertions, and the code that sets them up."""
     set_up = "\n".join([*record.get("test_imports", ()), record.get("test_setup_code", "")]).strip()
     test = "\n".join(record["test_list"])
-    body = ast.parse(test).body
-    defined = {node.name for node in ast.parse(record["code"]).body if isinstance(node, ast.FunctionDef)}
+    body = _parse(test)
+    defined = {node.name for node in _parse(record["code"]) if isinstance(node, ast.FunctionDef)}
     called = [
         node.func.id
         for node in ast.walk(body[0])
