@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from rlprior.evaluation.benchmarks.logic import BBH_TASKS
 
 Rows = list[dict[str, Any]]
 
-_PLUS_TEST = """
+_LOOP = """
+inputs = [[3], [-inf]]
+results = [6, -inf]
+for i, (inp, exp) in enumerate(zip(inputs, results)):
+    assertion({called}(*inp), exp, 1e-06)
+"""
+_ASSERTION = """
 def assertion(out, exp, atol):
     assert out == exp
-
-def check(candidate):
-    inputs = [[3], [-inf]]
-    results = [6, -inf]
-    for i, (inp, exp) in enumerate(zip(inputs, results)):
-        assertion(candidate(*inp), exp, 1e-06)
 """
+_PLUS_CHECK = (
+    f"{_ASSERTION}\ndef check(candidate):\n{textwrap.indent(_LOOP.format(called='candidate'), '    ')}"
+)
+_PLUS_LOOP = _ASSERTION + _LOOP.format(called="double")
 
 
 def choices(*texts: str, labels: str = "ABCDE") -> dict[str, list[str]]:
@@ -281,7 +286,7 @@ HUB: dict[str, dict[tuple[str | None, str], Rows]] = {
                 "task_id": "HumanEval/0",
                 "prompt": 'def double(x):\n    """Twice x."""\n',
                 "canonical_solution": "    return 2 * x\n",
-                "test": _PLUS_TEST,
+                "test": _PLUS_CHECK,
                 "entry_point": "double",
             }
         ]
@@ -299,9 +304,7 @@ HUB: dict[str, dict[tuple[str | None, str], Rows]] = {
                 "source_file": "s",
                 "test_imports": [],
                 "test_list": ["assert double(3) == 6", "assert double(4) == 8"],
-                "test": _PLUS_TEST.replace("candidate(*inp)", "double(*inp)").replace(
-                    "def check(candidate):", "if True:"
-                ),
+                "test": _PLUS_LOOP,
             }
         ]
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def read_humaneval(record: Record) -> Problem:
     """`prompt` (the head of a function), `entry_point`, `canonical_solution` and `test`, or EvalPlus's `base_input`."""
     prompt, code = record["prompt"], record["canonical_solution"]
     further = _plus_inputs(record)
-    row = record.fields if further is None else _as_released(record, {"prompt": prompt}, further)
+    row = record.fields if further is None else _as_released(record, {}, further)
     reference = humaneval_reference(row) | _encoded(further)
     return _problem(prompt, code, code, reference)
 
@@ -38,14 +39,16 @@ def read_mbppplus(record: Record) -> Problem:
 
 
 def _read_mbpp(record: Record, num_tests: int | None) -> Problem:
+    with warnings.catch_warnings():  # programs of the data set whose patterns are no raw strings
+        warnings.simplefilter("ignore")
+        reference = mbpp_reference(record.fields)
     if "base_input" in record.fields:
         lines = record.text("prompt").strip('"').strip().splitlines()
         tests = [line for line in lines if line.startswith("assert ")]
         text = "\n".join(line for line in lines if not line.startswith("assert "))
-        code, reference = record.text("canonical_solution"), mbpp_reference(record.fields)
+        code = record.text("canonical_solution")
     else:
         text, tests, code = record.text("text", "prompt"), record["test_list"], record.text("code")
-        reference = mbpp_reference(record.fields)
         further = _plus_inputs(record)
         if further is not None:
             known = {"entry_point": reference["entry_point"], "canonical_solution": code}
@@ -67,17 +70,17 @@ def _plus_inputs(record: Record) -> tuple[list[Any], float] | None:
     """Inputs and tolerance of EvalPlus's test on the hub, which loops over `inputs`; None of a record that has no such test."""
     if "base_input" in record.fields or not isinstance(record.fields.get("test"), str):
         return None
-    tree = ast.parse(record["test"])
+    module = ast.parse(record["test"]).body
+    checks = [node for node in module if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    statements = checks[0].body if checks else module
     assigned = {
         node.targets[0].id: node.value
-        for node in ast.walk(tree)
+        for node in statements
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    if "inputs" not in assigned:
+    loop = next((node for node in statements if isinstance(node, ast.For)), None)
+    if loop is None or "inputs" not in assigned:
         return None
-    loop = next(
-        node for node in ast.walk(tree) if isinstance(node, ast.For) and "inputs" in ast.unparse(node.iter)
-    )
     # assertion(actual, expected, tolerance), or assert a residual <= tolerance
     tolerance = next(node.value for node in reversed([*ast.walk(loop)]) if isinstance(node, ast.Constant))
     inputs = ast.literal_eval(_Infinities().visit(assigned["inputs"]))

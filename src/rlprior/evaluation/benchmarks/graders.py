@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rlprior.config import UsageError
 from rlprior.evaluation.benchmarks.benchmark import Benchmark
 from rlprior.evaluation.benchmarks.instructions import InstructionVerifier
+from rlprior.evaluation.code.grader import open_code_verifier
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.verifier import AliasVerifier, ExactVerifier, Verifier, open_verifier
 
@@ -41,7 +42,5 @@ def open_grader(
     elif benchmark.grading == "instructions":
         yield InstructionVerifier()
     else:
-        from rlprior.evaluation.code.grader import CodeVerifier
-
-        with CodeVerifier(num_workers=num_workers, unsafe_exec=unsafe_exec) as verifier:
+        with open_code_verifier(num_workers=num_workers, unsafe_exec=unsafe_exec) as verifier:
             yield verifier

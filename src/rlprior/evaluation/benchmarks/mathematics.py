@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from rlprior.evaluation.benchmarks.benchmark import Benchmark
 from rlprior.evaluation.benchmarks.sources import Record, Source
 from rlprior.tasks.files import CALCULATOR_MARKS, Gold, read_gold, read_gold_in_solution
 from rlprior.tasks.problem import Problem
 
+# MinervaMath writes 4.5e33, which math-verify would read as a product with Euler's number
+_SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)e([+-]?[0-9]+)(?!\w)")
 REASON = r"Reason step by step, and write the final answer in \boxed{}."
 SUBJECTS = (
     "algebra",
@@ -36,6 +41,7 @@ def read_math(record: Record) -> Problem:
         if answer is not None
         else read_gold_in_solution(solution, record.where)
     )
+    gold = replace(gold, written_answer=_SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold.written_answer))
     worked = f" {solution}" if solution else rf" \boxed{{{gold.written_answer}}}"
     return _problem(record, _math_prompt(record.text("problem", "question")), gold, worked)
 
