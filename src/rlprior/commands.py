@@ -268,14 +268,14 @@ def run_samples(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.against and not known.model:
         raise UsageError("--against needs --model: the difference is of the two")
     pools = [read_pool(path) for path in find_stores(known.directory, known.task)]
+    if known.parquet:
+        print(f"table: {known.parquet} ({write_parquet(pools, known.parquet):,} samples)")
     page = collect(pools, known.max_questions)
     if known.model:
         _color(page, known)
     out = known.out or known.directory / "samples.html"
     write_page(page, pools, out, title=known.directory.resolve().name)
     print(f"page: {out} ({page.num_samples:,} samples of {len(page.cards):,} questions)")
-    if known.parquet:
-        print(f"table: {known.parquet} ({write_parquet(pools, known.parquet):,} samples)")
     return 0
 
 

@@ -138,7 +138,20 @@ def test_questions_come_by_task_with_the_last_step_first(tmp_path: Path) -> None
         ("b", 400, "b-000004000"),
         ("b", 400, "b-000004001"),
     ]
-    assert "Shown are 6 of 9 questions, the first of each task." in page.notes
+    assert "Shown are 6 of 9 questions, the first of each task and of each of its parts." in page.notes
+
+
+def test_every_part_of_a_task_is_shown(tmp_path: Path) -> None:
+    """A benchmark that lies subject by subject would be its first subject."""
+    subjects = {"algebra": 10, "law": 2, "physics": 10}
+    questions = {
+        f"{subject}{n}": question(f"{n}?", group=subject)
+        for subject, size in subjects.items()
+        for n in range(size)
+    }
+    pool = read_pool(write_pool(tmp_path, "mmlu", {one: [Answer("A")] for one in questions}, questions))
+    shown = [card.problem_id for card in collect([pool], 8).cards]
+    assert shown == ["algebra0", "algebra1", "algebra2", "law0", "law1", "physics0", "physics1", "physics2"]
 
 
 def test_a_full_page_is_shared_by_the_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +360,12 @@ def test_scores_keep_to_their_room(
     assert 2500 < sum(added) <= 5000
 
 
+def test_all_that_a_page_may_hold_is_below_ten_megabytes(hostile: Path) -> None:
+    frame = len(hostile.read_bytes()) - len(encode_data(page_data(hostile)))
+    assert frame < 60_000
+    assert frame + browser.MAX_TEXT_BYTES + coloring.MAX_SCORE_BYTES < 10_000_000
+
+
 def refused(page: browser.Page, *models: Path) -> str:
     with pytest.raises(UsageError) as error:
         color_tokens(page, *models)
@@ -379,7 +398,7 @@ def test_the_command_writes_page_and_table(
     out = tmp_path / "run" / "samples.html"
     assert capsys.readouterr().out == f"page: {out} (6 samples of 4 questions)\n"
     assert page_data(out)["model"] is None
-    table, named = tmp_path / "x.parquet", tmp_path / "x.html"
+    table, named = tmp_path / "x.parquet", tmp_path / "new" / "x.html"
     arguments = [
         "--task",
         "sums",
@@ -395,7 +414,7 @@ def test_the_command_writes_page_and_table(
         == 0
     )
     assert (
-        capsys.readouterr().out == f"page: {named} (2 samples of 1 questions)\ntable: {table} (4 samples)\n"
+        capsys.readouterr().out == f"table: {table} (4 samples)\npage: {named} (2 samples of 1 questions)\n"
     )
     assert "tokens" in page_data(named)["cards"][0]["samples"][0]
 

@@ -99,12 +99,19 @@ def test_progress_counts_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "message"),
     [
         (Continuation([3], [4, 280]), "m: has no token 280"),
-        (Continuation([3] * 30, [4] * 12), "m: reads 40 tokens, and a prompt with its response has 42"),
+        (
+            Continuation([3] * 30, [4] * 12),
+            "m: has 40 learned positions, and a prompt with its response takes 41",
+        ),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(asked: Continuation, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         score_tokens(small_models()["learned positions"], [asked], name="m")
+
+
+def test_rotary_positions_may_go_on() -> None:
+    check(build_model(SHAPE, TOKENIZER, max_positions=16, seed=0), continuations([(20, 10)]))
 
 
 def test_a_response_may_fill_all_positions() -> None:

@@ -12,15 +12,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from rlprior.evaluation.pools import GradedSample, Pool
-from rlprior.runs import write_atomically
+from rlprior.runs import disk_errors, write_atomically
 from rlprior.tasks.problem import Status
 
 MAX_RESPONSES = 16
@@ -87,6 +86,8 @@ def write_page(page: Page, pools: Sequence[Pool], output: Path, *, title: str) -
     Raises:
         RunError: the disk is full.
     """
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, _render(page, pools, title))
 
 
@@ -109,11 +110,12 @@ def collect(pools: Sequence[Pool], max_questions: int) -> Page:
         if num_bytes > MAX_TEXT_BYTES:
             break
         page.cards.append(card)
-    places = {id(pool): place for place, pool in enumerate(_last_step_first(pools))}
-    page.cards.sort(key=lambda card: places[id(card.pool)])
+    order = [(id(pool), problem_id) for pool in _last_step_first(pools) for problem_id in pool.answers]
+    places = {key: place for place, key in enumerate(order)}
+    page.cards.sort(key=lambda card: places[id(card.pool), card.problem_id])
     if len(page.cards) < page.num_questions:
         page.notes.append(
-            f"Shown are {len(page.cards):,} of {page.num_questions:,} questions, the first of each task."
+            f"Shown are {len(page.cards):,} of {page.num_questions:,} questions, the first of each task and of each of its parts."
         )
     if any(card.data["num_responses"] > len(card.samples) for card in page.cards):
         page.notes.append(
@@ -141,12 +143,23 @@ def _in_turn(pools: Sequence[Pool], max_questions: int) -> Iterator[tuple[Pool, 
     ordered = _last_step_first(pools)
     for step in dict.fromkeys(pool.step for pool in ordered):
         queues = [
-            [(pool, problem_id) for problem_id in islice(pool.answers, max_questions)]
+            [(pool, problem_id) for problem_id in _by_turns(pool)[:max_questions]]
             for pool in ordered
             if pool.step == step
         ]
         for turn in zip_longest(*queues):
             yield from (one for one in turn if one is not None)
+
+
+def _by_turns(pool: Pool) -> list[str]:
+    """Problems of a store, the first of each group before the second of any."""
+    counts: Counter[str] = Counter()
+    turns: list[tuple[int, str]] = []
+    for problem_id in pool.answers:
+        group = _group(pool, problem_id)
+        turns.append((counts[group], problem_id))
+        counts[group] += 1
+    return [problem_id for _, problem_id in sorted(turns, key=lambda one: one[0])]
 
 
 def _group(pool: Pool, problem_id: str) -> str:
@@ -279,9 +292,9 @@ def _render(page: Page, pools: Sequence[Pool], title: str) -> str:
         num_questions=len(page.cards),
         num_samples=page.num_samples,
         is_colored=page.model is not None,
-        script=Markup(script),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(encode_data(data)),
+        data=encode_data(data),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
-from rlprior.runs import read_jsonl, replacing
+from rlprior.runs import disk_errors, read_jsonl, replacing
 from rlprior.samples.grades import Grade, grades_of, read_grades
 from rlprior.samples.store import Sample, read_samples
 
@@ -209,6 +209,8 @@ def write_parquet(pools: Sequence[Pool], path: Path) -> int:
         }
     )
     num_rows = 0
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside, parquet.ParquetWriter(aside, schema, compression="zstd") as writer:
         for pool in pools:
             rows = [_row(pool, one) for one in pool.samples]

@@ -135,11 +135,13 @@ def _require_room(model: Any, continuations: Sequence[Continuation], name: str) 
         raise UsageError(
             f"{name}: has no token {highest}; give the model that was sampled, or one with its tokenizer"
         )
-    longest = max(map(len, continuations), default=0)
-    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if longest - 1 > max_positions:
+    config = model.config.get_text_config()
+    longest = max(map(len, continuations), default=0) - 1  # the last token is predicted, never read
+    max_positions = getattr(config, "max_position_embeddings", longest)
+    # rotary positions go on beyond those of training, as they do when a model is sampled; learned ones end
+    if longest > max_positions and not getattr(config, "rope_parameters", None):
         raise UsageError(
-            f"{name}: reads {max_positions} tokens, and a prompt with its response has {longest}"
+            f"{name}: has {max_positions} learned positions, and a prompt with its response takes {longest}"
         )
 
 

@@ -156,7 +156,7 @@ function drawCard(card, samples, place) {
   article.tabIndex = -1;
   article.setAttribute("aria-label", `Question ${place + 1}`);
   const tally = element("span", "tally", `${card.statuses.correct ?? 0} of ${card.m} correct`, drawShare(card));
-  const header = element("header", "", element("strong", "", `${place + 1}`), element("span", "", card.task));
+  const header = element("header", "", element("strong", "", `${place + 1}`), addText(element("span"), card.task));
   if (card.step !== null && state.step === "all") header.append(element("span", "soft", `step ${card.step}`));
   if (card.group) header.append(addText(element("span", "soft"), card.group));
   header.append(addText(element("span", "soft mono"), card.id), tally);
