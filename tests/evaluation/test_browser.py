@@ -22,10 +22,13 @@ from rlprior.cli import main
 from rlprior.config import UsageError
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation import browser, coloring
+from rlprior.evaluation.answers import answer_problems
 from rlprior.evaluation.browser import collect, encode_data, write_page
 from rlprior.evaluation.coloring import color_tokens
-from rlprior.evaluation.pools import Pool, read_pool
+from rlprior.evaluation.pools import Pool, find_stores, read_pool
 from rlprior.models.causal_lm import load_model, load_tokenizer
+from rlprior.models.sampler import Decoding
+from rlprior.tasks.problem import Problem
 
 HOSTILE = [
     "</script><script>document.title = 'owned'</script>",
@@ -329,6 +332,39 @@ def test_tokens_carry_what_the_models_say(models: tuple[Path, Path], tmp_path: P
         assert tokens["entropy"] == pytest.approx(entropies, abs=1e-3)
         assert tokens["other"] == pytest.approx(others, abs=1e-3)
     assert any("Tokens are coloured by" in note for note in page.notes)
+
+
+def test_the_model_that_sampled_says_again_what_it_said(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """At temperature 1 without a nucleus the tokens' log-probabilities add up to what the sampler kept of the response."""
+    problems = [
+        Problem(id=f"p{n}", task="t", difficulty=1, prompt=f"Q: {n}+2\nA:", solution="", answer="4")
+        for n in range(3)
+    ]
+    answer_problems(
+        load_model(models[0]),
+        load_tokenizer(models[0]),
+        problems,
+        name="sums",
+        path=tmp_path / "samples" / "sums.jsonl",
+        model_identity="m",
+        samples_per_problem=4,
+        decoding=Decoding(temperature=1.0, top_p=1.0, max_new_tokens=12),
+        seed=0,
+        progress=lambda _: None,
+    )
+    pool = read_pool(*find_stores(tmp_path))
+    assert [pool.questions[one.id].prompt for one in problems] == [one.prompt for one in problems]
+    page = collect([pool], 10)
+    color_tokens(page, models[0])
+    shown = [
+        (one, data)
+        for card in page.cards
+        for one, data in zip(card.samples, card.data["samples"], strict=True)
+    ]
+    assert len(shown) == 12
+    for one, data in shown:
+        # each of up to 12 numbers is rounded to three decimals
+        assert sum(data["tokens"]["log_prob"]) == pytest.approx(one.sample.log_prob_nats, abs=0.01)
 
 
 def test_only_the_first_questions_and_tokens_are_scored(

@@ -236,7 +236,11 @@ function drawSample(sample) {
   if (sample.truncated && sample.status !== "truncated") meta.append(element("span", "truncated", "✂ cut at the limit"));
   meta.append(element("span", "", `${sample.num_tokens.toLocaleString("en")} tokens`), element("span", "", `log p ${signed(sample.log_prob, 1)}`));
   const colored = state.color !== "none" && sample.tokens;
-  if (state.color !== "none" && !sample.tokens) meta.append(element("span", "", "(not coloured)"));
+  if (state.color !== "none" && !sample.tokens) {
+    const without = element("span", "", "(not coloured)");
+    without.title = "Only the first questions and responses are: see “What is shown” above.";
+    meta.append(without);
+  }
   const box = colored ? drawTokens(sample) : textBox("text mono", sample.text);
   item.append(meta, ...foldLong(box, plain(sample.text)));
   return item;
