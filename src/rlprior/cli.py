@@ -94,6 +94,9 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
             "rlprior compare runs/ce-eval runs/sharp-eval",
             "rlprior compare runs/ce-eval runs/sharp-eval --metric pass@8 --out runs/ce-sharp.json",
         ],
+    "crosscheck": (
+        "an evaluation's stored GSM8K and MMLU samples, scored by lm-evaluation-harness, and why what differs does",
+        ["rlprior crosscheck runs/ce-eval --data-dir data"],
     ),
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
@@ -114,6 +117,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 }
 
 WITHOUT_SETTINGS = ("samples", "compare", "watch", "report")
+WITHOUT_SETTINGS = ("samples", "crosscheck", "watch", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,6 +221,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_evaluate_arguments(parsers["evaluate"])
     _add_samples_arguments(parsers["samples"])
     _add_compare_arguments(parsers["compare"])
+    _add_crosscheck_arguments(parsers["crosscheck"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
     )
@@ -290,6 +295,22 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--unsafe-exec", action="store_true", help="run programs of the model where they cannot be isolated"
+def _add_crosscheck_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory", type=Path, metavar="RUN", help="folder that 'rlprior evaluate --suite' wrote"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the benchmarks' files, as of the evaluation: gold answers are read anew",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="every response that differs (default: RUN/crosscheck.json)",
     )
 
 
@@ -362,6 +383,7 @@ _RUN = {
     "evaluate": commands.run_evaluate,
     "samples": commands.run_samples,
     "compare": commands.run_compare,
+    "crosscheck": commands.run_crosscheck,
     "watch": commands.run_watch,
     "plan": plan_command.run,
     "report": commands.run_report,

@@ -315,6 +315,15 @@ def run_compare(known: argparse.Namespace, overrides: list[str]) -> int:
         known.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(known.out, {"a": str(known.first), "b": str(known.second), **as_data(comparison)})
         print(f"\nwritten: {known.out}")
+def run_crosscheck(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Score the samples of an evaluation with lm-evaluation-harness."""
+    from rlprior.evaluation.crosscheck import crosscheck, describe_crosscheck
+    from rlprior.runs import write_json
+
+    report = crosscheck(known.directory, known.data_dir)
+    path = known.out or known.directory / "crosscheck.json"
+    write_json(path, report)
+    print(f"{describe_crosscheck(report)}\nevery response that differs: {path}")
     return 0
 
 

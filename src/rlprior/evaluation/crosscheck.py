@@ -1,0 +1,330 @@
+"""Cross-check with lm-evaluation-harness: it scores the stored samples of an evaluation, and every difference is explained."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlprior.config import RunError, UsageError
+from rlprior.evaluation.answers import questions_of
+from rlprior.evaluation.harness import (
+    NO_MATCH,
+    TASK_FILES,
+    Filter,
+    HarnessTask,
+    Score,
+    load_tasks,
+    make_document,
+    require_harness,
+)
+from rlprior.runs import read_jsonl
+from rlprior.samples.grades import Grade, read_graded
+from rlprior.samples.store import Sample
+from rlprior.tasks.files import read_json_lines
+from rlprior.tasks.problem import UNGRADED, Status
+from rlprior.tasks.verify import canonical_answer, chosen_letter, find_answer
+
+MAX_SHOWN_CHARACTERS = 300
+
+
+class Reason(enum.StrEnum):
+    """Why one response counts as correct in one place and not in the other; of several reasons the first in this order."""
+
+    GOLD = "the gold answers differ"
+    NO_VERDICT = "our verifier did not finish: nothing is known of the response"
+    STOP_STRING = "there the response ends at a stop string that it was not sampled with"
+    LENGTH_LIMIT = "the length limit cut the response inside its answer, which does not count here"
+    NOT_STATED = "the response states no answer in a form that counts here; their pattern finds one"
+    NOT_FOUND = "their pattern does not find the form in which the answer is stated"
+    SPELLING = "one answer, compared as a value here and as text there"
+    DELETED_CHARACTERS = "they delete commas, dollar signs or punctuation before they compare"
+    FIRST = "of several statements the first counts there and the last here"
+    PART = "their pattern takes a part of the stated answer"
+    MORE = "their pattern takes more than the stated answer"
+    LAST_NUMBER = "the last number, or lone sign, of the response counts there and the stated answer here"
+    ELSEWHERE = "their pattern reads another place of the response"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One response as both sides read it.
+
+    Attributes:
+        response: the whole of it, which is graded here.
+        text: what of it lm-evaluation-harness reads: all that comes before a stop string of its task.
+        grade: ours.
+        score: theirs.
+        has_same_gold: both compare with one answer.
+        choices: of a multiple-choice question.
+    """
+
+    response: str
+    text: str
+    grade: Grade
+    score: Score
+    has_same_gold: bool
+    choices: tuple[str, ...] = ()
+
+    @property
+    def is_correct_here(self) -> bool:
+        """Our verdict."""
+        return self.grade.status == Status.CORRECT
+
+    @property
+    def differs(self) -> bool:
+        """Whether it counts as correct on one side alone."""
+        return self.is_correct_here != self.score.is_correct
+
+    def canonical(self, text: str) -> str:
+        """Our canonical form of what their pattern took."""
+        return chosen_letter(text, self.choices) if self.choices else canonical_answer(text)
+
+
+def explain(reading: Reading, used: Filter) -> Reason:
+    """Why a response that differs does, from what each side extracted and where."""
+    grade, score = reading.grade, reading.score
+    if not reading.has_same_gold:
+        return Reason.GOLD
+    if grade.status in UNGRADED:
+        return Reason.NO_VERDICT
+    found = find_answer(reading.text, reading.choices)
+    if reading.text != reading.response and (found.canonical if found else None) != grade.extracted:
+        return Reason.STOP_STRING
+    if grade.status == Status.TRUNCATED:
+        return Reason.LENGTH_LIMIT
+    if grade.status == Status.UNPARSABLE:
+        return Reason.NOT_STATED
+    if score.extracted == NO_MATCH:
+        return Reason.NOT_FOUND
+    if reading.canonical(score.extracted) == grade.extracted:
+        return Reason.SPELLING if reading.is_correct_here else Reason.DELETED_CHARACTERS
+    return _explain_place(reading, used)
+
+
+def _explain_place(reading: Reading, used: Filter) -> Reason:
+    """The same for two answers that are not one."""
+    matches = used.matches(reading.text)
+    if not used.takes_last and any(
+        reading.canonical(match[match.lastindex or 0]) == reading.grade.extracted for match in matches[:-1]
+    ):
+        return Reason.FIRST
+    found = find_answer(reading.text, reading.choices)
+    if found and matches:
+        taken = matches[-1].lastindex or 0
+        start = matches[-1].start(taken)
+        # a number of theirs takes along the full stop of its sentence
+        if _is_inside(reading.text, start, start + len(matches[-1][taken].rstrip(".,")), found.text):
+            return Reason.PART
+        if not used.takes_last and found.text in reading.score.extracted:
+            return Reason.MORE
+    return Reason.LAST_NUMBER if used.takes_last else Reason.ELSEWHERE
+
+
+def _is_inside(text: str, start: int, end: int, part: str) -> bool:
+    """Whether `text[start:end]` lies inside an occurrence of `part`."""
+    place = text.find(part)
+    while place >= 0:
+        if place <= start and end <= place + len(part):
+            return True
+        place = text.find(part, place + 1)
+    return False
+
+
+def crosscheck(run: Path, data_dir: Path) -> dict[str, Any]:
+    """Scores of an evaluation's stored samples here and by lm-evaluation-harness, and each response that differs.
+
+    Args:
+        run: folder that `rlprior evaluate --suite` wrote, with `samples/gsm8k.jsonl` or `samples/mmlu.jsonl`, or both.
+        data_dir: folder with the benchmarks' files, `gsm8k/test.jsonl` and `mmlu/test.jsonl`: their gold answers are read from there.
+
+    Returns:
+        format, lm_eval (its version), reasons (their meanings), and of each benchmark its scorers: task, version, filter, num_responses,
+        ours, theirs, difference (ours - theirs), reasons (how often each) and differing (each response, with what both extracted).
+
+    Raises:
+        UsageError: lm-evaluation-harness is not installed, or there is nothing that it scores.
+        RunError: damaged files, or questions that the benchmark's file does not hold.
+    """
+    version = require_harness()
+    names = [name for name in TASK_FILES if (run / "samples" / f"{name}.jsonl").is_file()]
+    if not names:
+        expected = " or ".join(f"samples/{name}.jsonl" for name in TASK_FILES)
+        raise UsageError(
+            f"{run}: no {expected}; give the folder of a 'rlprior evaluate --suite' that sampled one of them"
+        )
+    return {
+        "format": 1,
+        "lm_eval": version,
+        "reasons": {reason.name.lower(): reason.value for reason in Reason},
+        "benchmarks": {name: _check_benchmark(name, run, data_dir) for name in names},
+    }
+
+
+def _check_benchmark(name: str, run: Path, data_dir: Path) -> dict[str, Any]:
+    samples_path = run / "samples" / f"{name}.jsonl"
+    samples, grades = read_graded(samples_path)
+    questions = {one["id"]: one for one in read_jsonl(questions_of(samples_path))}
+    unknown = next((one.problem_id for one in samples if one.problem_id not in questions), None)
+    if unknown is not None:
+        raise RunError(
+            f"{samples_path}: answers problem {unknown}, whose question is not stored; evaluate again"
+        )
+    documents = match_documents(name, list(questions.values()), data_dir / name / "test.jsonl")
+    tasks = load_tasks(name, next(iter(documents.values())))
+    return {
+        "num_problems": len({one.problem_id for one in samples}),
+        "num_responses": len(samples),
+        "scorers": [
+            scorer for task in tasks for scorer in _check_task(task, samples, grades, questions, documents)
+        ],
+    }
+
+
+def match_documents(
+    benchmark: str, questions: Sequence[Mapping[str, Any]], path: Path
+) -> dict[str, dict[str, Any]]:
+    """By the id of each stored question, the record of the benchmark's file that its prompt ends with, as lm-evaluation-harness wants it.
+
+    Raises:
+        UsageError: no such file.
+        RunError: a question that the file does not hold.
+    """
+    by_choices: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for number, record in read_json_lines(path):
+        try:
+            document = make_document(benchmark, record)
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{path}:{number}: not a record of {benchmark}") from None
+        by_choices.setdefault(_stripped(document.get("choices", ())), []).append(document)
+    documents: dict[str, dict[str, Any]] = {}
+    for question in questions:
+        asked = [
+            document
+            for document in by_choices.get(_stripped(question["choices"]), ())
+            if _is_asked(document["question"].strip(), question["prompt"])
+        ]
+        if not asked:
+            raise RunError(
+                f"{path}: does not hold the question of problem {question['id']} ({question['prompt'][-80:]!r}); give the "
+                "--data-dir of the evaluation"
+            )
+        # one question may be the end of another, on a line of its own
+        documents[question["id"]] = max(asked, key=lambda document: len(document["question"]))
+    return documents
+
+
+def _is_asked(text: str, prompt: str) -> bool:
+    """Whether a prompt asks a question last: it begins a line or follows a label, and no blank line, as after an example, comes later."""
+    if text not in prompt:
+        return False
+    before, _, after = prompt.rpartition(text)
+    return (not before or before.endswith((": ", "\n"))) and "\n\n" not in after
+
+
+def _stripped(choices: Sequence[str]) -> tuple[str, ...]:
+    return tuple(choice.strip() for choice in choices)
+
+
+def _check_task(
+    task: HarnessTask,
+    samples: Sequence[Sample],
+    grades: Sequence[Grade],
+    questions: Mapping[str, Mapping[str, Any]],
+    documents: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """What each of a task's filters says of the samples."""
+    texts = [task.cut(one.text) for one in samples]
+    scores = task.score(documents, [(one.problem_id, text) for one, text in zip(samples, texts, strict=True)])
+    has_same_gold = {
+        problem_id: _is_same_gold(questions[problem_id], task.gold(document))
+        for problem_id, document in documents.items()
+    }
+    checked: list[dict[str, Any]] = []
+    for used in task.filters:
+        readings = [
+            Reading(
+                response=sample.text,
+                text=text,
+                grade=grade,
+                score=score,
+                has_same_gold=has_same_gold[grade.problem_id],
+                choices=tuple(questions[grade.problem_id]["choices"]),
+            )
+            for sample, text, grade, score in zip(samples, texts, grades, scores[used.name], strict=True)
+        ]
+        checked.append(
+            {"task": task.name, "version": task.version, **_summarise(readings, used, task, documents)}
+        )
+    return checked
+
+
+def _is_same_gold(question: Mapping[str, Any], gold: str) -> bool:
+    """Whether their gold answer (`... #### 18`, `(B)`) is ours."""
+    if question["choices"]:
+        return chosen_letter(gold, question["choices"]) == question["answer"]
+    return canonical_answer(gold.rpartition("####")[2]) == canonical_answer(question["answer"])
+
+
+def _summarise(
+    readings: Sequence[Reading],
+    used: Filter,
+    task: HarnessTask,
+    documents: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    differing = [(reading, explain(reading, used)) for reading in readings if reading.differs]
+    counts = Counter(reason.name.lower() for _, reason in differing)
+    ours = sum(reading.is_correct_here for reading in readings)
+    theirs = sum(reading.score.is_correct for reading in readings)
+    return {
+        "filter": used.name,
+        "num_responses": len(readings),
+        "ours": ours / len(readings),
+        "theirs": theirs / len(readings),
+        "difference": (ours - theirs) / len(readings),
+        "reasons": dict(counts.most_common()),
+        "differing": [
+            {
+                "problem_id": reading.grade.problem_id,
+                "sample_index": reading.grade.sample_index,
+                "reason": reason.name.lower(),
+                "our_status": reading.grade.status,
+                "our_answer": reading.grade.extracted,
+                "their_answer": reading.score.extracted,
+                "they_count_it": reading.score.is_correct,
+                "gold": task.gold(documents[reading.grade.problem_id]).rpartition("####")[2].strip(),
+                "response_end": reading.text[-MAX_SHOWN_CHARACTERS:],
+            }
+            for reading, reason in differing
+        ],
+    }
+
+
+def describe_crosscheck(report: Mapping[str, Any]) -> str:
+    """The scores of each benchmark, and how often which reason makes them differ."""
+    lines = [f"lm-evaluation-harness {report['lm_eval']} on the same samples"]
+    for name, benchmark in report["benchmarks"].items():
+        counts = (
+            _counted(benchmark["num_responses"], "response"),
+            _counted(benchmark["num_problems"], "question"),
+        )
+        lines.append(f"{name}: {' to '.join(counts)}")
+        for scorer in benchmark["scorers"]:
+            num_differing = len(scorer["differing"])
+            verb = "differs" if num_differing == 1 else "differ"
+            lines.append(
+                f"  {scorer['task']} {scorer['version']}, {scorer['filter']}: ours {scorer['ours']:.4f}, "
+                f"theirs {scorer['theirs']:.4f}, difference {scorer['difference']:+.4f}; "
+                + (f"{_counted(num_differing, 'response')} {verb}" if num_differing else "all agree")
+            )
+            lines += [
+                f"    {count:6,} {report['reasons'][reason]}" for reason, count in scorer["reasons"].items()
+            ]
+    return "\n".join(lines)
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
