@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlprior.config import UsageError
 from rlprior.tasks.problem import LETTERS
 
@@ -70,37 +72,54 @@ class Filter:
         return found if self.takes_last else found[::-1]
 
 
-class HarnessTask:
-    """One of its tasks, without documents or prompts of its own: filters, stop strings, gold answers and metric.
+def make_task(name: str, file: str, documents: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+    """One of its `ConfigurableTask`s on given documents, without worked examples.
 
     Args:
         name: of the task.
         file: its definition, below the package's `tasks`.
+        documents: at least one; fields as in `make_document`.
+        settings: replace the definition's.
+    """
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    # it warns at each set of documents that is handed over
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+    definition = read_definition(file)
+    no_examples = dict.fromkeys(("training_split", "validation_split", "fewshot_split", "fewshot_config"))
+    table = datasets.Dataset.from_list([dict(document) for document in documents])
+    return ConfigurableTask(
+        config={
+            **definition,
+            **no_examples,
+            "task": name,
+            "num_fewshot": 0,
+            "custom_dataset": lambda **_: {definition["test_split"]: table},
+            **settings,
+        }
+    )
+
+
+def read_definition(file: str) -> dict[str, Any]:
+    """A task's definition, a file below the package's `tasks`."""
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    return yaml.safe_load((Path(spec.origin).parent / "tasks" / file).read_text(encoding="utf-8"))
+
+
+class HarnessTask:
+    """What of one of its tasks scores a response: filters, stop strings, gold answers and metric.
+
+    Args:
+        name, file: as of `make_task`.
         example: a document, from which the task learns the names of the fields.
     """
 
     def __init__(self, name: str, file: str, example: Mapping[str, Any]) -> None:
-        import datasets
-        import yaml
-        from lm_eval.api.task import ConfigurableTask
-
-        # it warns at each document set that is handed over
-        logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
-        origin = importlib.util.find_spec(PACKAGE)
-        assert origin is not None
-        assert origin.origin is not None
-        definition = yaml.safe_load((Path(origin.origin).parent / "tasks" / file).read_text(encoding="utf-8"))
-        documents = datasets.Dataset.from_list([dict(example)])
-        no_examples = dict.fromkeys(("training_split", "validation_split", "fewshot_split", "fewshot_config"))
-        self._task: Any = ConfigurableTask(
-            config={
-                **definition,
-                **no_examples,
-                "task": name,
-                "num_fewshot": 0,
-                "custom_dataset": lambda **_: {definition["test_split"]: documents},
-            }
-        )
+        definition = read_definition(file)
+        self._task = make_task(name, file, [example])
         self.name = name
         self.version = str(definition["metadata"]["version"])
         self.filters = [
