@@ -6,20 +6,23 @@
 Both draw `samples` responses to each of the first questions of GSM8K's test set from one small model, trained before on its training set
 so that responses end by themselves: at temperature 0.7, top-p 0.95, without worked examples, at most 256 new tokens, ended by the
 end-of-text token or "Question:". Each side is measured whole: `answer_problems` with its store and its grading; `simple_evaluate` with
-its filters and metric, without bootstrap and without logging samples.
+its filters and metric, without bootstrap, without logging samples, and without reading definitions of tasks.
 
-lm-evaluation-harness gets, of the batch sizes tried first on fewer questions, the one with the most responses a second, and no stop
-string but the one (its `auto` is 64 wherever that fits, after trial passes of the longest length). With `repeats` it sends each request so many times to `generate`, batches of equal prompts in a row: each row
-prefills its prompt again, and a batch goes on until its longest response ends. It scores the first response of each question alone.
+lm-evaluation-harness gets, of the batch sizes tried first on fewer questions, the one with the most responses a second (its `auto` is 64
+wherever that fits, after trial passes of the longest length), and no stop string but the one. With `repeats` it sends each request so many
+times to `generate`, batches of equal prompts in a row: each row prefills its prompt again, and a batch goes on until its longest response
+ends. It scores the first response of each question alone.
 
-Seconds are those of the process on its one thread, because other programs may share the machine; wall-clock seconds are beside them. The
-ratio is of all seconds for equally many responses, and of neighbours for its spread; tokens are counted up to the end of each response.
+In each round both sides answer the same share of the questions, one after the other. Seconds are those of the process on its one thread,
+because other programs may share the machine; wall-clock seconds are beside them. The ratio is of all seconds for equally many responses,
+and of each round for its spread; tokens are counted up to the end of each response.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -38,7 +41,7 @@ Measurement = dict[str, float]
 
 
 def main() -> None:
-    """Train, measure, print and write, anew after each round."""
+    """Train, measure, print, and write what there is after each round."""
     arguments = _parse()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     import torch
@@ -69,14 +72,17 @@ def main() -> None:
         model, tokenizer, documents, arguments
     )
     report |= {"lm_eval_batch_size": batch_size, "rounds": []}
-    calls = {
-        "rlprior": lambda seed: _answer(model, tokenizer, problems, arguments.samples, seed),
-        "lm_eval": lambda seed: _repeat(model, tokenizer, documents, arguments.samples, batch_size, seed),
-    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for number in range(arguments.rounds):
+        share = slice(number, None, arguments.rounds)
+        calls = {
+            "rlprior": functools.partial(_answer, model, tokenizer, problems[share], arguments.samples),
+            "lm_eval": functools.partial(
+                _repeat, model, tokenizer, documents[share], arguments.samples, batch_size
+            ),
+        }
         order = list(calls)[:: 1 if number % 2 else -1]
-        measured = {name: _measure(calls[name], number) for name in order}
+        measured = {name: _measure(functools.partial(calls[name], seed=number)) for name in order}
         report["rounds"].append({**measured, "load_average": os.getloadavg()[0]})
         report["speed_ratio"] = _ratios(report["rounds"])
         write_json(arguments.out, report)
@@ -93,7 +99,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="of training")
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--samples", type=int, default=128, help="of each question")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="parts of the questions, each asked by both sides in turn"
+    )
     parser.add_argument(
         "--batch-sizes",
         nargs="+",
@@ -108,22 +116,19 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _prompt(question: str) -> str:
-    """As lm-evaluation-harness's task puts it."""
-    return f"Question: {question}\nAnswer:"
-
-
 def _train(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
     """A model of the preset after some steps on GSM8K's training set, its tokenizer, and how the training went."""
     import torch
 
     from rlprior.data.tokenizer import train_tokenizer
+    from rlprior.evaluation.benchmarks.mathematics import GSM8K
+    from rlprior.evaluation.benchmarks.sources import read_source
     from rlprior.models.causal_lm import build_model
     from rlprior.models.presets import ModelConfig
-    from rlprior.tasks.files import load_problems
 
-    problems = load_problems(arguments.data_dir / "gsm8k" / "train.jsonl")
-    texts = [_prompt(_question(problem)) + problem.solution for problem in problems]
+    assert isinstance(GSM8K.shots, tuple)
+    records = [record for source in GSM8K.shots for record in read_source(source, arguments.data_dir)]
+    texts = [GSM8K.read(record).text for record in records]
     tokenizer: Any = train_tokenizer(texts, vocab_size=2048)
     model: Any = build_model(
         ModelConfig(preset=arguments.preset), tokenizer, max_positions=MAX_POSITIONS, seed=0
@@ -134,7 +139,7 @@ def _train(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
     for step in range(arguments.steps):
         for group in optimizer.param_groups:  # linearly down to a tenth
             group["lr"] = LEARNING_RATE * (1 - 0.9 * step / arguments.steps)
-        batch = [tokenizer(text + "\n")["input_ids"][:-1] for text in itertools.islice(rows, BATCH_ROWS)]
+        batch = [tokenizer(text)["input_ids"] for text in itertools.islice(rows, BATCH_ROWS)]
         batch = [[*ids, tokenizer.eos_token_id][:BATCH_TOKENS] for ids in batch]
         padded = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
         labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
@@ -150,22 +155,15 @@ def _train(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
     return model.eval(), tokenizer, {"steps": arguments.steps, "last_loss_nats": loss}
 
 
-def _question(problem: Any) -> str:
-    return problem.prompt.removeprefix("Q: ").removesuffix("\nA:")
-
-
 def _read_questions(data_dir: Path, number: int) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The first questions of the test set, as our problems and as their documents."""
-    from rlprior.evaluation.harness import make_document
-    from rlprior.tasks.files import load_problems, read_json_lines
+    """The first questions of the test set, as our problems and as their documents; both put them in the same words."""
+    from rlprior.evaluation.benchmarks.benchmark import load_benchmark
+    from rlprior.evaluation.benchmarks.mathematics import GSM8K
+    from rlprior.evaluation.crosscheck import read_documents
 
-    path = data_dir / "gsm8k" / "test.jsonl"
-    problems = [
-        dataclasses.replace(problem, prompt=_prompt(_question(problem)))
-        for problem in load_problems(path)[:number]
-    ]
-    records = itertools.islice(read_json_lines(path), number)
-    return problems, [make_document("gsm8k", record) for _, record in records]
+    benchmark = dataclasses.replace(GSM8K, instruction="")
+    problems = load_benchmark(benchmark, num_shots=0, data_dir=data_dir)[:number]
+    return problems, list(read_documents("gsm8k", data_dir).values())[:number]
 
 
 def _choose_batch_size(
@@ -173,12 +171,11 @@ def _choose_batch_size(
 ) -> tuple[str, dict[str, float]]:
     """The batch size with which lm-evaluation-harness is fastest on the first questions, and responses a second of each."""
     few = documents[: arguments.trial_questions]
-    _repeat(model, tokenizer, few[:1], 2, "2", 0)  # whatever is done once
+    _repeat(model, tokenizer, few[:1], 2, "2", seed=0)  # whatever is done once
     tried: dict[str, float] = {}
     for batch_size in arguments.batch_sizes:
-        found = _measure(
-            lambda seed, size=batch_size: _repeat(model, tokenizer, few, arguments.samples, size, seed), 0
-        )
+        call = functools.partial(_repeat, model, tokenizer, few, arguments.samples, batch_size, seed=0)
+        found = _measure(call)
         tried[batch_size] = found["responses"] / found["cpu_seconds"]
         print(
             f"lm-evaluation-harness, batch size {batch_size}: {tried[batch_size]:.1f} responses/s", flush=True
@@ -186,10 +183,10 @@ def _choose_batch_size(
     return max(tried, key=lambda size: tried[size]), tried
 
 
-def _measure(call: Callable[[int], tuple[int, int]], seed: int) -> Measurement:
-    """Responses, their tokens, and the seconds, of one call with a seed."""
+def _measure(call: Callable[[], tuple[int, int]]) -> Measurement:
+    """Responses, their tokens, and the seconds, of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
-    responses, tokens = call(seed)
+    responses, tokens = call()
     return {
         "responses": responses,
         "tokens": tokens,
@@ -198,7 +195,9 @@ def _measure(call: Callable[[int], tuple[int, int]], seed: int) -> Measurement:
     }
 
 
-def _answer(model: Any, tokenizer: Any, problems: Sequence[Any], samples: int, seed: int) -> tuple[int, int]:
+def _answer(
+    model: Any, tokenizer: Any, problems: Sequence[Any], samples: int, *, seed: int
+) -> tuple[int, int]:
     from rlprior.evaluation.answers import answer_problems
     from rlprior.models.sampler import Decoding
 
@@ -221,7 +220,13 @@ def _answer(model: Any, tokenizer: Any, problems: Sequence[Any], samples: int, s
 
 
 def _repeat(
-    model: Any, tokenizer: Any, documents: Sequence[dict[str, Any]], samples: int, batch_size: str, seed: int
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[dict[str, Any]],
+    samples: int,
+    batch_size: str,
+    *,
+    seed: int,
 ) -> tuple[int, int]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM

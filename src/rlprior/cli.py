@@ -302,9 +302,8 @@ def _add_crosscheck_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="folder of the benchmarks' files, as of the evaluation: gold answers are read anew",
+        help="folder of the benchmarks' files, from which gold answers are read anew (default: the hub)",
     )
     parser.add_argument(
         "--out",

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.small_study import study_config
 
 from rlprior.cli import main
 from rlprior.config import RunError, UsageError
+from rlprior.data.tokenizer import train_tokenizer
 from rlprior.evaluation import harness
 from rlprior.evaluation.answers import questions_of, write_questions
+from rlprior.evaluation.benchmarks.benchmark import load_benchmark
+from rlprior.evaluation.benchmarks.suites import BENCHMARKS
+from rlprior.evaluation.choices import score_choices
 from rlprior.evaluation.crosscheck import Reason, crosscheck, describe_crosscheck
 from rlprior.evaluation.harness import TASK_FILES
+from rlprior.models.causal_lm import build_model
 from rlprior.samples.grades import Grade, grade, grades_of, write_grades
 from rlprior.samples.store import Sample, SampleStore, StoreKey
-from rlprior.tasks.files import read_json_lines
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import RULES
 
@@ -102,19 +109,9 @@ MMLU = [
     ("", False, AGREE),
     (" The answer is (B).</s> The answer is (A).", False, "stop_string"),
 ]
-PROBLEMS = {
-    "gsm8k": Problem(
-        id="g", task="gsm8k", difficulty=0, prompt="Question: 1+1?\nAnswer: 2\n\nQuestion: What is 2 * 600?\nAnswer:",
-        solution="", answer="1200", written_answer="1,200",
-    ),
-    "mmlu": Problem(
-        id="m", task="mmlu", difficulty=0, prompt="Q: What is 2 * 2?\n(A) 2 (B) 4 (C) 6 (D) 8\nA: Let's think step by step.",
-        solution="", answer="B", choices=("2", "4", "6", "8"), group="arithmetic",
-    ),
-}  # fmt: skip
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [
-        {"question": "600?", "answer": "#### 600"},
+        {"question": "What is 600?", "answer": "#### 600"},
         {"question": "What is 2 * 600? ", "answer": "2 * 600 = <<2*600=1200>>1,200\n#### 1,200"},
         {"question": "1+1?", "answer": "#### 2"},
     ],
@@ -123,6 +120,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"subject": "a", "question": "What is 2 * 2?", "choices": ["2", "4", "6", "8 "], "answer": 1},
     ],
 }
+ASKED = {"gsm8k": 1, "mmlu": 1}  # of these records
 
 
 def write_run(
@@ -158,12 +156,15 @@ def write_run(
 
 
 def write_small_run(run: Path, name: str, texts: Sequence[str], **options: Any) -> Path:
-    return write_run(run, name, [PROBLEMS[name]], [texts], **options)
+    """The same of one question of `RECORDS`."""
+    problems = load_benchmark(BENCHMARKS[name], num_shots=0, data_dir=write_data(run / "data"))
+    return write_run(run, name, [problems[ASKED[name]]], [texts], **options)
 
 
 def write_data(data_dir: Path, **records: Sequence[dict[str, Any]]) -> Path:
+    """The files of both benchmarks, `RECORDS` where nothing else is given."""
     for name, rows in (RECORDS | records).items():
-        (data_dir / name).mkdir(parents=True)
+        (data_dir / name).mkdir(parents=True, exist_ok=True)
         (data_dir / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return data_dir
 
@@ -261,7 +262,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(other.read_text()) == report
     (item,) = scorers_of(report, "gsm8k")["gsm8k strict-match"]["differing"]
     assert item == {
-        "problem_id": "g",
+        "problem_id": load_benchmark(BENCHMARKS["gsm8k"], num_shots=0, data_dir=data)[1].id,
         "sample_index": 1,
         "reason": "spelling",
         "our_status": "correct",
@@ -279,21 +280,16 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no samples/gsm8k\.jsonl or samples/mmlu\.jsonl; give the folder"):
         crosscheck(tmp_path, data)
     path = write_small_run(tmp_path / "run", "gsm8k", [" #### 1200"])
-    with pytest.raises(UsageError, match=r"gsm8k.test\.jsonl: no such file"):
+    with pytest.raises(UsageError, match=r"give --data-dir .* with .*gsm8k.test\.jsonl"):
         crosscheck(tmp_path / "run", tmp_path)
-    other = write_data(
-        tmp_path / "other", gsm8k=RECORDS["gsm8k"][::2]
-    )  # part of the question, and that of an example
-    with pytest.raises(
-        RunError,
-        match=r"does not hold the question of problem g .*600.*; give the --data-dir of the evaluation",
-    ):
+    other = write_data(tmp_path / "other", gsm8k=RECORDS["gsm8k"][::2])
+    with pytest.raises(RunError, match=r"does not hold the question of problem .*600.*; give the --data-dir"):
         crosscheck(tmp_path / "run", other)
     wrong = write_data(tmp_path / "wrong", gsm8k=[{"question": "x"}])
-    with pytest.raises(RunError, match=r"test\.jsonl:1: not a record of gsm8k"):
+    with pytest.raises(UsageError, match=r"test\.jsonl:1"):
         crosscheck(tmp_path / "run", wrong)
     questions_of(path).unlink()
-    with pytest.raises(RunError, match="answers problem g, whose question is not stored; evaluate again"):
+    with pytest.raises(RunError, match=r"answers problem \w+, whose question is not stored; evaluate again"):
         crosscheck(tmp_path / "run", data)
 
 
@@ -309,35 +305,67 @@ FORMS = {"gsm8k": (" So.\n#### {}", " So. The answer is {}."), "mmlu": (" So. Th
 @needs_harness
 @pytest.mark.parametrize(("name", "every"), [("gsm8k", 10), ("mmlu", 50)])
 def test_real_questions(name: str, every: int, real_data: Path, tmp_path: Path) -> None:
-    """Their gold answers score 1 and others 0, on both sides, in each scorer's own form."""
-    rows = [record for _, record in read_json_lines(real_data / name / "test.jsonl")][::every]
-    problems = [real_problem(name, number, row) for number, row in enumerate(rows)]
-    write_data(tmp_path / "data", **{name: rows})
-    for number, form in enumerate(FORMS[name]):
-        run = tmp_path / f"run-{number}"
+    """Their gold answers score 1 and others 0, on both sides, in each task's own form."""
+    problems = load_benchmark(BENCHMARKS[name], num_shots=0, data_dir=real_data)[::every]
+    for (task, _), form in zip(TASK_FILES[name].items(), FORMS[name], strict=True):
         responses = []
         for problem in problems:
             gold = problem.written_answer or problem.answer
             wrong = "DABC"["ABCD".index(gold)] if problem.choices else f"{gold}1"
             responses.append([form.format(gold), form.format(wrong), " I pass"])
-        write_run(run, name, problems, responses)
-        scorers = list(scorers_of(crosscheck(run, tmp_path / "data"), name).values())
-        # the task that reads this form: the one of that place
-        for scorer in (one for one in scorers if one["task"] == list(TASK_FILES[name])[number]):
-            assert (scorer["ours"], scorer["theirs"], scorer["differing"]) == (1 / 3, 1 / 3, [])
+        write_run(tmp_path / task, name, problems, responses)
+        scorers = crosscheck(tmp_path / task, real_data)["benchmarks"][name]["scorers"]
+        found = [(one["ours"], one["theirs"], one["differing"]) for one in scorers if one["task"] == task]
+        assert found
+        assert all(one == (1 / 3, 1 / 3, []) for one in found)
 
 
-def real_problem(name: str, number: int, row: dict[str, Any]) -> Problem:
-    """A row as a question in the prompt of the benchmark's own evaluations."""
-    question = row["question"].strip()
-    if name == "gsm8k":
-        prompt, answer, choices = (
-            f"Question: {question}\nAnswer:",
-            row["answer"].rpartition("#### ")[2],
-            (),
-        )
-    else:
-        prompt, answer, choices = f"Q: {question}\nA:", row["answer"], tuple(row["choices"])
-    return Problem(
-        id=str(number), task=name, difficulty=0, prompt=prompt, solution="", answer=answer, choices=choices
+@needs_harness
+def test_choices_by_log_likelihood() -> None:
+    """`score_choices` has its model's log-likelihoods, and its task's acc and acc_norm of them."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    words = ["river", "mountain", "the", "of", "seven", "blue", "a", "engine", "north", "paper"]
+    random = np.random.default_rng(0)
+    tokenizer: Any = train_tokenizer([" ".join(random.choice(words, 20)) for _ in range(200)], 320)
+    config = dataclasses.replace(study_config().model, initializer_range=0.2)
+    model = build_model(config, tokenizer, max_positions=64, seed=0).eval()
+    documents, problems = [], []
+    for number in range(24):
+        stem = " ".join(random.choice(words, 3 + number % 5))
+        choices = [" ".join(random.choice(words, 1 + (number + place) % 4)) for place in range(4)]
+        letter = "ABCD"[number % 4]
+        labelled = {"text": choices, "label": list("ABCD")}
+        documents.append({"question_stem": stem, "choices": labelled, "answerKey": letter})
+        problems.append(
+            Problem(
+                id=str(number), task="", difficulty=0, prompt=stem, solution="", answer=letter,
+                choices=tuple(f" {choice}" for choice in choices),
+            )
+        )  # fmt: skip
+    ours = score_choices(model, tokenizer, problems, headline="normalized")
+    task = harness.make_task("openbookqa", "openbookqa/openbookqa.yaml", documents)
+    requests = [
+        Instance("loglikelihood", {}, (problem.prompt, choice), 0)
+        for problem in problems
+        for choice in problem.choices
+    ]
+    found = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8).loglikelihood(
+        requests, disable_tqdm=True
     )
+    theirs = [found[start : start + 4] for start in range(0, len(found), 4)]
+    # sums of at most 4 log-probabilities above -16, each of float32 logits and within 4 units of its last place, 2**-20
+    np.testing.assert_allclose(
+        ours["log_probs"],
+        [[value for value, _ in of_one] for of_one in theirs],
+        rtol=0,
+        atol=4 * 4 * 2.0**-20,
+    )
+    metrics = [
+        task.process_results(document, of_one) for document, of_one in zip(documents, theirs, strict=True)
+    ]
+    assert ours["num_correct_raw"] == [one["acc"] for one in metrics]
+    assert ours["num_correct_normalized"] == [one["acc_norm"] for one in metrics]
+    assert 0 < sum(ours["num_correct_raw"]) < len(problems)
+    assert ours["num_correct_raw"] != ours["num_correct_normalized"]

@@ -11,6 +11,9 @@ from typing import Any
 
 from rlprior.config import RunError, UsageError
 from rlprior.evaluation.answers import questions_of
+from rlprior.evaluation.benchmarks.benchmark import load_benchmark
+from rlprior.evaluation.benchmarks.sources import read_source
+from rlprior.evaluation.benchmarks.suites import BENCHMARKS
 from rlprior.evaluation.harness import (
     NO_MATCH,
     TASK_FILES,
@@ -24,7 +27,6 @@ from rlprior.evaluation.harness import (
 from rlprior.runs import read_jsonl
 from rlprior.samples.grades import Grade, read_graded
 from rlprior.samples.store import Sample
-from rlprior.tasks.files import read_json_lines
 from rlprior.tasks.problem import UNGRADED, Status
 from rlprior.tasks.verify import canonical_answer, chosen_letter, find_answer
 
@@ -134,12 +136,12 @@ def _is_inside(text: str, start: int, end: int, part: str) -> bool:
     return False
 
 
-def crosscheck(run: Path, data_dir: Path) -> dict[str, Any]:
+def crosscheck(run: Path, data_dir: Path | None) -> dict[str, Any]:
     """Scores of an evaluation's stored samples here and by lm-evaluation-harness, and each response that differs.
 
     Args:
         run: folder that `rlprior evaluate --suite` wrote, with `samples/gsm8k.jsonl` or `samples/mmlu.jsonl`, or both.
-        data_dir: folder with the benchmarks' files, `gsm8k/test.jsonl` and `mmlu/test.jsonl`: their gold answers are read from there.
+        data_dir: folder of the benchmarks' files, None for the hub: gold answers are read anew.
 
     Returns:
         format, lm_eval (its version), reasons (their meanings), and of each benchmark its scorers: task, version, filter, num_responses,
@@ -147,7 +149,7 @@ def crosscheck(run: Path, data_dir: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: lm-evaluation-harness is not installed, or there is nothing that it scores.
-        RunError: damaged files, or questions that the benchmark's file does not hold.
+        RunError: damaged files, or questions that the data does not hold.
     """
     version = require_harness()
     names = [name for name in TASK_FILES if (run / "samples" / f"{name}.jsonl").is_file()]
@@ -164,16 +166,21 @@ def crosscheck(run: Path, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def _check_benchmark(name: str, run: Path, data_dir: Path) -> dict[str, Any]:
+def _check_benchmark(name: str, run: Path, data_dir: Path | None) -> dict[str, Any]:
     samples_path = run / "samples" / f"{name}.jsonl"
     samples, grades = read_graded(samples_path)
     questions = {one["id"]: one for one in read_jsonl(questions_of(samples_path))}
-    unknown = next((one.problem_id for one in samples if one.problem_id not in questions), None)
-    if unknown is not None:
-        raise RunError(
-            f"{samples_path}: answers problem {unknown}, whose question is not stored; evaluate again"
-        )
-    documents = match_documents(name, list(questions.values()), data_dir / name / "test.jsonl")
+    documents = read_documents(name, data_dir)
+    for problem_id in {one.problem_id: None for one in samples}:
+        if problem_id not in questions:
+            raise RunError(
+                f"{samples_path}: answers problem {problem_id}, whose question is not stored; evaluate again"
+            )
+        if problem_id not in documents:
+            raise RunError(
+                f"{name}: the data does not hold the question of problem {problem_id} ({questions[problem_id]['prompt'][-80:]!r}); "
+                "give the --data-dir of the evaluation"
+            )
     tasks = load_tasks(name, next(iter(documents.values())))
     return {
         "num_problems": len({one.problem_id for one in samples}),
@@ -184,49 +191,19 @@ def _check_benchmark(name: str, run: Path, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def match_documents(
-    benchmark: str, questions: Sequence[Mapping[str, Any]], path: Path
-) -> dict[str, dict[str, Any]]:
-    """By the id of each stored question, the record of the benchmark's file that its prompt ends with, as lm-evaluation-harness wants it.
+def read_documents(name: str, data_dir: Path | None) -> dict[str, dict[str, Any]]:
+    """Every record of a benchmark as a document of lm-evaluation-harness's, by the id of its question.
 
     Raises:
-        UsageError: no such file.
-        RunError: a question that the file does not hold.
+        UsageError: data that is not there, with the path or command that gives it.
+        RunError: a record that cannot be read.
     """
-    by_choices: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for number, record in read_json_lines(path):
-        try:
-            document = make_document(benchmark, record)
-        except (KeyError, TypeError, ValueError):
-            raise RunError(f"{path}:{number}: not a record of {benchmark}") from None
-        by_choices.setdefault(_stripped(document.get("choices", ())), []).append(document)
-    documents: dict[str, dict[str, Any]] = {}
-    for question in questions:
-        asked = [
-            document
-            for document in by_choices.get(_stripped(question["choices"]), ())
-            if _is_asked(document["question"].strip(), question["prompt"])
-        ]
-        if not asked:
-            raise RunError(
-                f"{path}: does not hold the question of problem {question['id']} ({question['prompt'][-80:]!r}); give the "
-                "--data-dir of the evaluation"
-            )
-        # one question may be the end of another, on a line of its own
-        documents[question["id"]] = max(asked, key=lambda document: len(document["question"]))
-    return documents
-
-
-def _is_asked(text: str, prompt: str) -> bool:
-    """Whether a prompt asks a question last: it begins a line or follows a label, and no blank line, as after an example, comes later."""
-    if text not in prompt:
-        return False
-    before, _, after = prompt.rpartition(text)
-    return (not before or before.endswith((": ", "\n"))) and "\n\n" not in after
-
-
-def _stripped(choices: Sequence[str]) -> tuple[str, ...]:
-    return tuple(choice.strip() for choice in choices)
+    benchmark = BENCHMARKS[name]
+    problems = load_benchmark(benchmark, num_shots=0, data_dir=data_dir)
+    records = (record for source in benchmark.questions for record in read_source(source, data_dir))
+    return {
+        problem.id: make_document(name, record) for problem, record in zip(problems, records, strict=True)
+    }
 
 
 def _check_task(
@@ -240,8 +217,8 @@ def _check_task(
     texts = [task.cut(one.text) for one in samples]
     scores = task.score(documents, [(one.problem_id, text) for one, text in zip(samples, texts, strict=True)])
     has_same_gold = {
-        problem_id: _is_same_gold(questions[problem_id], task.gold(document))
-        for problem_id, document in documents.items()
+        problem_id: _is_same_gold(questions[problem_id], task.gold(documents[problem_id]))
+        for problem_id in {one.problem_id for one in samples}
     }
     checked: list[dict[str, Any]] = []
     for used in task.filters:

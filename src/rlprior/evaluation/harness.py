@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from rlprior.config import UsageError
+from rlprior.evaluation.benchmarks.prompts import gold_letter
+from rlprior.evaluation.benchmarks.sources import Record
 from rlprior.tasks.problem import LETTERS
 
 PACKAGE = "lm_eval"
@@ -181,14 +183,16 @@ def load_tasks(benchmark: str, example: Mapping[str, Any]) -> list[HarnessTask]:
     return [HarnessTask(name, file, example) for name, file in TASK_FILES[benchmark].items()]
 
 
-def make_document(benchmark: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of a benchmark's file with the fields of the data set that its tasks read.
+def make_document(benchmark: str, record: Record) -> dict[str, Any]:
+    """A record of a benchmark with the fields of the data set that its tasks read.
 
-    >>> make_document("mmlu", {"subject": "anatomy", "question": "Which?", "choices": ["a", "b"], "answer": "B"})["answer"]
+    >>> record = Record({"subject": "anatomy", "question": "Which?", "choices": ["a", "b"], "answer": "B"}, "file:1")
+    >>> make_document("mmlu", record)["answer"]
     1
     """
-    if benchmark != "mmlu":
-        return {"question": record["question"], "answer": record["answer"]}
-    answer = record["answer"]
-    position = LETTERS.index(answer) if isinstance(answer, str) else int(answer)
-    return {"question": record["question"], "choices": list(record["choices"]), "answer": position}
+    document = {"question": record.text("question"), "answer": record["answer"]}
+    if benchmark == "mmlu":
+        choices = record.texts("choices")
+        letter = gold_letter(record, "answer", LETTERS[: len(choices)])
+        document |= {"choices": list(choices), "answer": LETTERS.index(letter)}
+    return document
