@@ -288,9 +288,12 @@ def test_mistakes(tmp_path: Path) -> None:
     wrong = write_data(tmp_path / "wrong", gsm8k=[{"question": "x"}])
     with pytest.raises(UsageError, match=r"test\.jsonl:1"):
         crosscheck(tmp_path / "run", wrong)
-    questions_of(path).unlink()
-    with pytest.raises(RunError, match=r"answers problem \w+, whose question is not stored; evaluate again"):
-        crosscheck(tmp_path / "run", data)
+    for beside in (questions_of(path), grades_of(path)):
+        whole = beside.read_bytes()
+        beside.unlink()
+        with pytest.raises(RunError, match="its grades or questions are not all there; evaluate again"):
+            crosscheck(tmp_path / "run", data)
+        beside.write_bytes(whole)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,11 @@ from rlprior.models.presets import ModelConfig
 from rlprior.models.sampler import Decoding
 from rlprior.posttraining.config import DPOConfig, SFTConfig
 from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
-from rlprior.posttraining.pairs import make_pairs
+from rlprior.posttraining.pairs import make_pairs, read_graded
 from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.posttraining.trainer import Conductor
 from rlprior.runs import read_jsonl
-from rlprior.samples.grades import grades_of, read_graded
+from rlprior.samples.grades import grades_of
 from rlprior.seeding import shuffled_places
 from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.config import TaskConfig, load_task

@@ -10,8 +10,8 @@ import pytest
 from tests.posttraining.graded import make_sample, write_store
 
 from rlprior.config import RunError, UsageError
-from rlprior.posttraining.pairs import PairCounts, encode_pairs, make_pairs
-from rlprior.samples.grades import Grade, grades_of, read_graded
+from rlprior.posttraining.pairs import PairCounts, encode_pairs, make_pairs, read_graded
+from rlprior.samples.grades import Grade, grades_of
 from rlprior.samples.store import Sample
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
-from rlprior.evaluation.answers import questions_of
 from rlprior.evaluation.benchmarks.benchmark import load_benchmark
 from rlprior.evaluation.benchmarks.sources import read_source
 from rlprior.evaluation.benchmarks.suites import BENCHMARKS
@@ -24,8 +23,8 @@ from rlprior.evaluation.harness import (
     make_document,
     require_harness,
 )
-from rlprior.runs import read_jsonl
-from rlprior.samples.grades import Grade, read_graded
+from rlprior.evaluation.pools import read_pool
+from rlprior.samples.grades import Grade
 from rlprior.samples.store import Sample
 from rlprior.tasks.problem import UNGRADED, Status
 from rlprior.tasks.verify import canonical_answer, chosen_letter, find_answer
@@ -167,27 +166,23 @@ def crosscheck(run: Path, data_dir: Path | None) -> dict[str, Any]:
 
 
 def _check_benchmark(name: str, run: Path, data_dir: Path | None) -> dict[str, Any]:
-    samples_path = run / "samples" / f"{name}.jsonl"
-    samples, grades = read_graded(samples_path)
-    questions = {one["id"]: one for one in read_jsonl(questions_of(samples_path))}
+    pool = read_pool(run / "samples" / f"{name}.jsonl")
+    graded = [(one.sample, one.grade) for one in pool.samples if one.grade]
+    if len(graded) < len(list(pool.samples)) or not pool.answers.keys() <= pool.questions.keys():
+        raise RunError(f"{pool.path}: its grades or questions are not all there; evaluate again")
     documents = read_documents(name, data_dir)
-    for problem_id in {one.problem_id: None for one in samples}:
-        if problem_id not in questions:
-            raise RunError(
-                f"{samples_path}: answers problem {problem_id}, whose question is not stored; evaluate again"
-            )
+    for problem_id in pool.answers:
         if problem_id not in documents:
+            end = pool.questions[problem_id].prompt[-80:]
             raise RunError(
-                f"{name}: the data does not hold the question of problem {problem_id} ({questions[problem_id]['prompt'][-80:]!r}); "
-                "give the --data-dir of the evaluation"
+                f"{name}: the data does not hold the question of problem {problem_id} ({end!r}); give the --data-dir of the evaluation"
             )
+    gold = {problem_id: pool.questions[problem_id].answer for problem_id in pool.answers}
     tasks = load_tasks(name, next(iter(documents.values())))
     return {
-        "num_problems": len({one.problem_id for one in samples}),
-        "num_responses": len(samples),
-        "scorers": [
-            scorer for task in tasks for scorer in _check_task(task, samples, grades, questions, documents)
-        ],
+        "num_problems": len(pool.answers),
+        "num_responses": len(graded),
+        "scorers": [scorer for task in tasks for scorer in _check_task(task, graded, gold, documents)],
     }
 
 
@@ -208,17 +203,17 @@ def read_documents(name: str, data_dir: Path | None) -> dict[str, dict[str, Any]
 
 def _check_task(
     task: HarnessTask,
-    samples: Sequence[Sample],
-    grades: Sequence[Grade],
-    questions: Mapping[str, Mapping[str, Any]],
+    graded: Sequence[tuple[Sample, Grade]],
+    gold: Mapping[str, str],
     documents: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """What each of a task's filters says of the samples."""
-    texts = [task.cut(one.text) for one in samples]
-    scores = task.score(documents, [(one.problem_id, text) for one, text in zip(samples, texts, strict=True)])
+    """What each of a task's filters says of the samples; `gold` are our answers."""
+    texts = [task.cut(sample.text) for sample, _ in graded]
+    responses = [(sample.problem_id, text) for (sample, _), text in zip(graded, texts, strict=True)]
+    scores = task.score(documents, responses)
     has_same_gold = {
-        problem_id: _is_same_gold(questions[problem_id], task.gold(documents[problem_id]))
-        for problem_id in {one.problem_id for one in samples}
+        problem_id: _is_same_gold(answer, task.gold(documents[problem_id]), _choices(documents[problem_id]))
+        for problem_id, answer in gold.items()
     }
     checked: list[dict[str, Any]] = []
     for used in task.filters:
@@ -228,10 +223,10 @@ def _check_task(
                 text=text,
                 grade=grade,
                 score=score,
-                has_same_gold=has_same_gold[grade.problem_id],
-                choices=tuple(questions[grade.problem_id]["choices"]),
+                has_same_gold=has_same_gold[sample.problem_id],
+                choices=_choices(documents[sample.problem_id]),
             )
-            for sample, text, grade, score in zip(samples, texts, grades, scores[used.name], strict=True)
+            for (sample, grade), text, score in zip(graded, texts, scores[used.name], strict=True)
         ]
         checked.append(
             {"task": task.name, "version": task.version, **_summarise(readings, used, task, documents)}
@@ -239,11 +234,15 @@ def _check_task(
     return checked
 
 
-def _is_same_gold(question: Mapping[str, Any], gold: str) -> bool:
+def _choices(document: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(document.get("choices", ()))
+
+
+def _is_same_gold(ours: str, theirs: str, choices: Sequence[str]) -> bool:
     """Whether their gold answer (`... #### 18`, `(B)`) is ours."""
-    if question["choices"]:
-        return chosen_letter(gold, question["choices"]) == question["answer"]
-    return canonical_answer(gold.rpartition("####")[2]) == canonical_answer(question["answer"])
+    if choices:
+        return chosen_letter(theirs, choices) == ours
+    return canonical_answer(theirs.rpartition("####")[2]) == canonical_answer(ours)
 
 
 def _summarise(

@@ -19,9 +19,8 @@ from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation.answers import answer_problems
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.posttraining.config import DPOConfig
-from rlprior.posttraining.pairs import Pair, PairCounts, encode_pairs, make_pairs, write_pairs
+from rlprior.posttraining.pairs import Pair, PairCounts, encode_pairs, make_pairs, read_graded, write_pairs
 from rlprior.runs import Run
-from rlprior.samples.grades import read_graded
 from rlprior.tasks.config import load_task
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import open_verifier

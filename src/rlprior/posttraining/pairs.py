@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlprior.config import UsageError
-from rlprior.runs import write_atomically
-from rlprior.samples.grades import Grade
-from rlprior.samples.store import Sample
+from rlprior.config import RunError, UsageError
+from rlprior.runs import read_jsonl, write_atomically
+from rlprior.samples.grades import Grade, grades_of, read_grades
+from rlprior.samples.store import Sample, read_samples
 from rlprior.seeding import numpy_generator
 
 CORRECT = "correct"
@@ -49,6 +49,35 @@ class PairCounts:
             f"{self.num_pairs} pairs from {self.num_prompts_paired} of {self.num_prompts} prompts "
             f"({self.num_prompts_without_correct} without a correct answer, {self.num_prompts_without_rejected} without one to reject)"
         )
+
+
+def read_graded(samples_path: Path) -> tuple[list[Sample], list[Grade]]:
+    """A store's graded samples, and the grade of each.
+
+    Raises:
+        UsageError: no store or no grades there.
+        RunError: files that are damaged, or grades of other samples.
+    """
+    grades_path = grades_of(samples_path)
+    for path in (samples_path, grades_path):
+        if not path.is_file():
+            raise UsageError(
+                f"{path}: no such file; give the store of samples (samples/*.jsonl) of a finished evaluation"
+            )
+    samples = {(one.problem_id, one.sample_index): one for one in read_samples(samples_path)}
+    try:
+        header = read_jsonl(grades_path)[0]
+        grades = read_grades(grades_path, grader=header["grader"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        grades = None
+    if grades is None:
+        raise RunError(f"{grades_path}: not a whole file of grades; evaluate again to have it written")
+    try:
+        return [samples[grade.problem_id, grade.sample_index] for grade in grades], grades
+    except KeyError:
+        raise RunError(
+            f"{grades_path}: grades samples that {samples_path.name} does not hold; evaluate again"
+        ) from None
 
 
 def make_pairs(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from rlprior.config import RunError, UsageError
+from rlprior.config import RunError
 from rlprior.runs import read_jsonl, write_atomically
-from rlprior.samples.store import Sample, read_samples
+from rlprior.samples.store import Sample
 
 ProblemT = TypeVar("ProblemT")
 ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
@@ -97,32 +97,3 @@ def read_grades(path: Path, *, grader: str | None) -> list[Grade] | None:
     if header.get("num_grades") != len(records) or grader not in (None, header.get("grader")):
         return None
     return [Grade(**record) for record in records]
-
-
-def read_graded(samples_path: Path) -> tuple[list[Sample], list[Grade]]:
-    """A store's graded samples, and the grade of each.
-
-    Raises:
-        UsageError: no store or no grades there.
-        RunError: files that are damaged, or grades of other samples.
-    """
-    grades_path = grades_of(samples_path)
-    for path in (samples_path, grades_path):
-        if not path.is_file():
-            raise UsageError(
-                f"{path}: no such file; give the store of samples (samples/*.jsonl) of a finished evaluation"
-            )
-    samples = {(one.problem_id, one.sample_index): one for one in read_samples(samples_path)}
-    try:
-        header = read_jsonl(grades_path)[0]
-        grades = read_grades(grades_path, grader=header["grader"])
-    except (ValueError, KeyError, TypeError, IndexError):
-        grades = None
-    if grades is None:
-        raise RunError(f"{grades_path}: not a whole file of grades; evaluate again to have it written")
-    try:
-        return [samples[grade.problem_id, grade.sample_index] for grade in grades], grades
-    except KeyError:
-        raise RunError(
-            f"{grades_path}: grades samples that {samples_path.name} does not hold; evaluate again"
-        ) from None
