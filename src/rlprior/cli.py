@@ -94,6 +94,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
             "rlprior compare runs/ce-eval runs/sharp-eval",
             "rlprior compare runs/ce-eval runs/sharp-eval --metric pass@8 --out runs/ce-sharp.json",
         ],
+    ),
     "crosscheck": (
         "an evaluation's stored GSM8K and MMLU samples, scored by lm-evaluation-harness, and why what differs does",
         ["rlprior crosscheck runs/ce-eval --data-dir data"],
@@ -116,7 +117,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
-WITHOUT_SETTINGS = ("samples", "compare", "watch", "report")
+WITHOUT_SETTINGS = ("samples", "compare", "crosscheck", "watch", "report")
 WITHOUT_SETTINGS = ("samples", "crosscheck", "watch", "report")
 
 
@@ -295,6 +296,9 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--unsafe-exec", action="store_true", help="run programs of the model where they cannot be isolated"
+    )
+
+
 def _add_crosscheck_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", type=Path, metavar="RUN", help="folder that 'rlprior evaluate --suite' wrote"

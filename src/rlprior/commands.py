@@ -315,6 +315,9 @@ def run_compare(known: argparse.Namespace, overrides: list[str]) -> int:
         known.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(known.out, {"a": str(known.first), "b": str(known.second), **as_data(comparison)})
         print(f"\nwritten: {known.out}")
+    return 0
+
+
 def run_crosscheck(known: argparse.Namespace, overrides: list[str]) -> int:
     """Score the samples of an evaluation with lm-evaluation-harness."""
     from rlprior.evaluation.crosscheck import crosscheck, describe_crosscheck
