@@ -99,6 +99,15 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "an evaluation's stored GSM8K and MMLU samples, scored by lm-evaluation-harness, and why what differs does",
         ["rlprior crosscheck runs/ce-eval --data-dir data"],
     ),
+    "readiness": (
+        "which models would learn under reinforcement learning, and why, before it",
+        [
+            "rlprior readiness runs/ce/checkpoints/step-00000400",
+            "rlprior readiness CE=runs/ce/checkpoints/step-00000400 sharp=runs/sharp/checkpoints/step-00000400",
+            "rlprior readiness MODEL --config evaluate.toml --data-dir data --group-size 8",
+            "rlprior readiness --study runs/demo",
+        ],
+    ),
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
         ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
@@ -223,6 +232,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_samples_arguments(parsers["samples"])
     _add_compare_arguments(parsers["compare"])
     _add_crosscheck_arguments(parsers["crosscheck"])
+    _add_readiness_arguments(parsers["readiness"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
     )
@@ -375,6 +385,39 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every number there too")
 
 
+def _add_readiness_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="Hugging Face folders; LABEL=FOLDER names one on the page"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="settings of `rlprior evaluate` (default: arithmetic of three difficulties, and English)",
+    )
+    parser.add_argument(
+        "--samples",
+        dest="num_samples",
+        type=int,
+        metavar="M",
+        help="samples a question (default: the file's, or 128)",
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=16, metavar="G", help="samples of a GRPO group (default: 16)"
+    )
+    parser.add_argument(
+        "--study",
+        type=Path,
+        metavar="STUDY",
+        help="test on the runs of a study whether what is measured before RL predicts what RL does",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/readiness"), metavar="DIR", help="default: runs/readiness"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that relative paths of data start from")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
+
+
 _RUN = {
     "demo": commands.run_demo,
     "study": commands.run_study,
@@ -387,6 +430,7 @@ _RUN = {
     "samples": commands.run_samples,
     "compare": commands.run_compare,
     "crosscheck": commands.run_crosscheck,
+    "readiness": commands.run_readiness,
     "watch": commands.run_watch,
     "plan": plan_command.run,
     "report": commands.run_report,

@@ -327,6 +327,36 @@ def run_crosscheck(known: argparse.Namespace, overrides: list[str]) -> int:
     path = known.out or known.directory / "crosscheck.json"
     write_json(path, report)
     print(f"{describe_crosscheck(report)}\nevery response that differs: {path}")
+
+
+def run_readiness(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Judge models before RL, and test on a study whether that predicts."""
+    from rlprior.evaluation import readiness
+    from rlprior.study.config import EvaluateFile
+    from rlprior.study.readiness import judge_model, read_result
+    from rlprior.study.readiness_page import check_on_study, describe_readiness, write_page
+    from rlprior.study.readiness_plan import name_models, plan_readiness
+
+    models = name_models(known.models)
+    if not models and not known.study:
+        raise UsageError("rlprior readiness: name a model's folder, or a study with --study")
+    section = check_on_study(known.study, group_size=known.group_size) if known.study else None
+    out = known.out.resolve()
+    judged = []
+    if models:
+        default = Path(readiness.__file__).with_suffix(".toml")
+        samples = [f"evaluation.final.samples_per_problem={known.num_samples}"] if known.num_samples else []
+        file = _load(EvaluateFile, known.config or default, known, [*overrides, *samples])
+        plans = plan_readiness(models, file, out / "runs", group_size=known.group_size)
+        _make_alone([run for plan in plans.values() for run in plan], known)
+        if known.dry_run:
+            return 0
+        judged = [
+            judge_model(label, read_result(plan[-1].directory), group_size=known.group_size)
+            for label, plan in plans.items()
+        ]
+    page = write_page(out, judged, section, command="rlprior " + " ".join(sys.argv[1:]))
+    print(f"{describe_readiness(judged, section)}\n\npage: {page}")
     return 0
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from rlprior.data import prepare
 from rlprior.data.config import DataConfig
+from rlprior.evaluation import readiness, suite
 from rlprior.evaluation import stage as evaluation_stage
-from rlprior.evaluation import suite
 from rlprior.models.presets import num_parameters, training_flops_per_token
 from rlprior.posttraining import dpo, sft
 from rlprior.rl import loop
@@ -32,6 +32,7 @@ STAGES: dict[str, Any] = {
     "dpo": dpo,
     "evaluate": evaluation_stage,
     "suite": suite,
+    "readiness": readiness,
 }
 """Stage -> module with `run(config, run)` and `CODE`, the modules that compute it."""
 

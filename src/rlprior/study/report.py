@@ -50,7 +50,7 @@ def write_report(study_directory: Path, output: Path) -> Path:
     pictures = output.parent / FIGURES_DIRECTORY
     with disk_errors(pictures):
         pictures.mkdir(parents=True, exist_ok=True)
-        sources = {figure.name: _embed(figure.save(pictures)) for figure in figures}
+        sources = {figure.name: embed_picture(figure.save(pictures)) for figure in figures}
     write_json(output.parent / SUMMARY_FILE, summarise(study, analysis, answer, checks, figures))
     write_atomically(output, _render(study, analysis, answer, checks, figures, sources))
     return output
@@ -65,7 +65,7 @@ def _render(
     sources: Mapping[str, str],
 ) -> str:
     labels = [arm.label for arm in study.arms]
-    template = _environment(labels).get_template("report.html.j2")
+    template = template_environment(labels).get_template("report.html.j2")
     return template.render(
         study=study,
         analysis=analysis,
@@ -99,7 +99,7 @@ def summarise(
     figures: list[StudyFigure],
 ) -> dict[str, Any]:
     """Every number, interval and sentence of the report as plain data; an endless interval's end is None."""
-    return _plain(
+    return plain_data(
         {
             "name": study.name,
             "baseline": study.baseline,
@@ -133,15 +133,17 @@ def summarise(
     )
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
+    """Data that JSON can hold: numbers without end become None."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: plain_data(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain_data(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _environment(labels: list[str]) -> jinja2.Environment:
+def template_environment(labels: list[str]) -> jinja2.Environment:
+    """The pages' templates; the filter `keep_labels` keeps the spaces of these labels from breaking."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlprior.study", "templates"),
         autoescape=True,
@@ -160,7 +162,8 @@ def _environment(labels: list[str]) -> jinja2.Environment:
     return environment
 
 
-def _embed(path: Path) -> str:
+def embed_picture(path: Path) -> str:
+    """A PNG as the source of an image that needs no file."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
