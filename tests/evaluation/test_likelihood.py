@@ -298,3 +298,21 @@ def test_a_softcap_is_part_of_the_model(documents: list[HeldOutDocument]) -> Non
         # tanh in float32, here and there
         assert getattr(measured, name) == pytest.approx([one[name] for one in expected], rel=1e-4), name
     assert not measure_kl(gemma, gemma, [document], window_tokens=100).any()
+
+
+def test_other_families_keep_their_layers_elsewhere(documents: list[HeldOutDocument]) -> None:
+    """GPT-2's decoder is called `transformer`, and its positions are learned."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2, initializer_range=0.3)
+    gpt2 = GPT2LMHeadModel(config).eval()
+    (document,) = documents[5:6]
+    measured = measure_tokens(gpt2, [document], window_tokens=60, top_k=TOP_K)
+    ids = torch.from_numpy(document.token_ids.astype(np.int64))
+    with torch.no_grad():
+        logits = gpt2(input_ids=ids[None, :-1]).logits[0]
+    expected = [one_token(row, int(target)) for row, target in zip(logits, ids[1:], strict=True)]
+    for name in expected[0]:
+        # float32 logits near 10
+        assert getattr(measured, name) == pytest.approx([one[name] for one in expected], rel=2e-5), name

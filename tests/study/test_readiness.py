@@ -191,7 +191,7 @@ def test_models_are_compared_question_by_question() -> None:
         model("C", sums=task(HALF)),
     ]
     lines = compare_models(models, "sums")
-    assert lines[0] == "sums, GRPO with 16 samples a question: would learn: A, C; would hardly learn: B."
+    assert lines[0] == "sums: would learn: A, C; would hardly learn: B."
     assert lines[1].startswith("A has the largest signal@16, ")
     assert lines[1].endswith("above B; not told apart from C.")
     assert compare_models(models[::2], "sums")[0].endswith("would learn: all 2 models.")

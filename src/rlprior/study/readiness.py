@@ -258,7 +258,7 @@ def compare_models(models: Sequence[ModelReadiness], task: str) -> list[str]:
         for word in order
         if (labels := by_judgement.get(word))
     ]
-    lines = [f"{task}, GRPO with {size} samples a question: {'; '.join(parts)}."]
+    lines = [f"{task}: {'; '.join(parts)}."]
     if len(models) > 1:
         lines.append(_compare_signal(models, task, size))
     return lines

@@ -104,7 +104,8 @@ def describe_readiness(models: Sequence[ModelReadiness], prediction: PredictionS
     """Verdicts, advice and comparisons as lines of text."""
     lines: list[str] = []
     for task in tasks_of(models):
-        lines += ["", *compare_models(models, task)]
+        lines += ["", f"GRPO with {models[0].tasks[task].group_size} samples a question"]
+        lines += compare_models(models, task)
         for model in models:
             one = model.tasks[task]
             lines.append(f"  {verdict_sentence(model.label, one)}")
@@ -177,7 +178,6 @@ def _task_table(models: Sequence[ModelReadiness], task: str) -> dict[str, Any]:
                     percent(share) for share in (one.never.value, one.sometimes.value, one.always.value)
                 ],
                 "form": [percent(one.ended), percent(one.readable)],
-                "sizes": [percent(value.value) for value in one.signal.values()],
             }
         )
     return {"task": task, "one": models[0].tasks[task], "rows": rows}
