@@ -419,7 +419,7 @@ def test_models_of_other_tokens_are_refused(models: tuple[Path, Path], tmp_path:
 
 def test_without_questions_there_is_nothing_to_score(models: tuple[Path, Path], tmp_path: Path) -> None:
     page = collect([read_pool(write_pool(tmp_path, "sums", {"p": [Answer("4")]}))], 10)
-    assert "no token can be coloured without the questions" in refused(page, models[0])
+    assert "no token can be coloured: this run kept no questions" in refused(page, models[0])
 
 
 # The command

@@ -113,25 +113,27 @@ def collect(pools: Sequence[Pool], max_questions: int) -> Page:
     order = [(id(pool), problem_id) for pool in _last_step_first(pools) for problem_id in pool.answers]
     places = {key: place for place, key in enumerate(order)}
     page.cards.sort(key=lambda card: places[id(card.pool), card.problem_id])
+    page.notes.extend(_left_out(page, pools))
+    return page
+
+
+def _left_out(page: Page, pools: Sequence[Pool]) -> Iterator[str]:
+    """What is not on the page, a sentence each."""
     if len(page.cards) < page.num_questions:
-        page.notes.append(
+        yield (
             f"Shown are {len(page.cards):,} of {page.num_questions:,} questions, the first of each task and of each of its parts."
         )
     if any(card.data["num_responses"] > len(card.samples) for card in page.cards):
-        page.notes.append(
+        yield (
             f"Of a question with more than {MAX_RESPONSES} different responses the first {MAX_RESPONSES} are shown, and the first of every "
             "other verdict; its accuracy and vote are of all."
         )
     without = sorted({pool.task for pool in pools if not pool.questions})
     if without:
-        page.notes.append(
-            f"The questions of {', '.join(without)} were not kept: only their ids are shown. The same evaluation, run again, writes them "
-            "and samples nothing."
-        )
+        yield f"The questions of {', '.join(without)} were not kept with the samples: only their ids are shown."
     ungraded = sorted({pool.task for pool in pools if pool.grader is None})
     if ungraded:
-        page.notes.append(f"Not graded yet: {', '.join(ungraded)}.")
-    return page
+        yield f"Not graded yet: {', '.join(ungraded)}."
 
 
 def _last_step_first(pools: Sequence[Pool]) -> list[Pool]:

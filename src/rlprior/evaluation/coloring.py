@@ -62,7 +62,7 @@ def color_tokens(
     targets = _targets(page.cards)
     if not targets:
         raise UsageError(
-            "no token can be coloured without the questions (samples/*.questions.jsonl); the same evaluation, run again, writes them"
+            "no token can be coloured: this run kept no questions (samples/*.questions.jsonl); evaluate again into another folder"
         )
     tokenizer = load_tokenizer(model)
     _require_own_tokens(model, tokenizer, targets)
