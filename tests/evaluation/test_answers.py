@@ -15,7 +15,8 @@ from rlprior.config import RunError
 from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
 from rlprior.evaluation import answers as answers_module
-from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline, questions_of
+from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline
+from rlprior.evaluation.pools import questions_of
 from rlprior.models.causal_lm import build_model, load_tokenizer
 from rlprior.models.sampler import Decoding, Response
 from rlprior.runs import read_jsonl

@@ -13,6 +13,7 @@ import torch
 
 from rlprior.config import RunError, fingerprint
 from rlprior.data.tokenizer import encode_prompt
+from rlprior.evaluation.pools import questions_of
 from rlprior.models.causal_lm import evaluation_mode
 from rlprior.models.sampler import Decoding, sample
 from rlprior.models.stopping import cut_at_stop
@@ -189,11 +190,6 @@ def _draw(
         for problem, responses in zip(problems, groups, strict=True)
         for index, response in zip(indices, responses, strict=True)
     ]
-
-
-def questions_of(samples_path: Path) -> Path:
-    """Where the questions of a store of samples lie: beside it."""
-    return samples_path.with_suffix(".questions.jsonl")
 
 
 def write_questions(path: Path, problems: Sequence[Problem]) -> None:
