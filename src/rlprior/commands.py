@@ -327,6 +327,7 @@ def run_crosscheck(known: argparse.Namespace, overrides: list[str]) -> int:
     path = known.out or known.directory / "crosscheck.json"
     write_json(path, report)
     print(f"{describe_crosscheck(report)}\nevery response that differs: {path}")
+    return 0
 
 
 def run_readiness(known: argparse.Namespace, overrides: list[str]) -> int:
