@@ -128,11 +128,8 @@ ESCAPES = (
         *("landlock", "namespaces", "capabilities"),
     ),
     _escape(
-        "open the parent's memory",
-        """
-        os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY)
-        return "succeeded"
-        """,
+        "read where the parent's memory lies",
+        'return "succeeded" if open(f"/proc/{os.getppid()}/maps").read() else "refused"',
         *("landlock", "namespaces", "capabilities"),
     ),
     _escape(

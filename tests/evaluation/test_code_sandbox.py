@@ -111,11 +111,17 @@ def test_no_program_gets_out(escape: Escape, sandbox: Sandbox, target: dict[str,
 
 @pytest.mark.parametrize("escape", ESCAPES, ids=lambda escape: escape.name)
 def test_each_wall_holds_what_it_is_said_to_hold(escape: Escape, target: dict[str, Any]) -> None:
-    """With its walls gone the same program succeeds: no refusal above is an accident of the program or of this machine."""
+    """With its walls gone the same program succeeds, unless this machine refuses it to everybody: no refusal above is an accident."""
     with Sandbox(unsafe_exec=True) as sandbox:
         remove_walls(sandbox, escape.walls)
-        assert call(sandbox, escape.program, target).outputs == ["succeeded"]
+        if call(sandbox, escape.program, target).outputs != ["succeeded"]:
+            assert not succeeds_without_a_sandbox(escape, target)
     assert processes_of(sandbox) == []
+
+
+def succeeds_without_a_sandbox(escape: Escape, target: dict[str, Any]) -> bool:
+    command = [sys.executable, "-c", f"{escape.program}\nprint(attack({target!r}))"]
+    return subprocess.run(command, capture_output=True, text=True).stdout == "succeeded\n"
 
 
 @pytest.mark.parametrize("attack", EXHAUSTIONS, ids=lambda attack: attack.name)
@@ -208,17 +214,21 @@ with Sandbox(num_workers=2) as sandbox:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_programs_end_with_whoever_runs_them(number: signal.Signals) -> None:
-    command = [sys.executable, "-c", PARENT]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+def test_programs_end_with_whoever_runs_them(number: signal.Signals, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as parent:
         assert parent.stdout is not None
         directory = Path(parent.stdout.readline().strip())
         assert wait_until(lambda: len(running_in(directory)) == 2)
         parent.send_signal(number)
         assert wait_until(lambda: not running_in(directory))
+    assert directory.parent == tmp_path
     assert directory.exists() == (number is signal.SIGKILL)
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
 
 
 def running_in(directory: Path) -> list[str]:

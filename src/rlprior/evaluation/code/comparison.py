@@ -88,7 +88,7 @@ def _is_same_set(output: Any, expected: Any, arguments: list[Any], tolerance: fl
 
 def _members(encoded: Any) -> set[str]:
     match encoded:
-        case [*items] | {"tuple": [*items]} | {"set": [*items]}:
+        case [*items] | {"tuple": [*items]} | {"set": [*items]} | {"frozenset": [*items]}:
             return {canonical_text(item) for item in items}
         case {"dict": [*pairs]}:
             return {canonical_text(key) for key, _ in pairs}

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from rlprior.config import UsageError
 from rlprior.evaluation.code.values import encode
 
 _SET_PROBLEMS = {2, 7, 111, 140, 232, 249, 579, 769}
@@ -61,6 +62,9 @@ def mbpp_reference(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: the fields of google-research/mbpp and evalplus/mbppplus_release, whose lists stand for tuples, sets and complex numbers
     in some problems; evalplus compares the outputs of some of them in ways of their own.
+
+    Raises:
+        UsageError: the tests call none of the solution's functions.
     """
     if "base_input" not in record:
         return _read_test_list(record)
@@ -132,7 +136,11 @@ def _read_test_list(record: Mapping[str, Any]) -> dict[str, Any]:
         for node in ast.walk(body[0])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     ]
-    entry_point = next(name for name in called if name in defined)
+    entry_point = next((name for name in called if name in defined), None)
+    if entry_point is None:
+        raise UsageError(
+            f"problem {record['task_id']}: its first test calls no function that its code defines; give records of MBPP"
+        )
     cases = None if record.get("test_setup_code") else _read_cases(body, entry_point)
     return {"entry_point": entry_point, "prompt": ""} | (cases or {"test": f"{set_up}\n{test}\n"})
 

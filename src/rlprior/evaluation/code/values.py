@@ -44,8 +44,12 @@ def encode(value: Any) -> Any:
             return {"bytes": value.hex()}
         case list():
             return _encode_items(value)
-        case tuple() | set() | frozenset():
-            return {"tuple" if isinstance(value, tuple) else "set": _encode_items(value)}
+        case tuple():
+            return {"tuple": _encode_items(value)}
+        case set():
+            return {"set": _encode_items(value)}
+        case frozenset():
+            return {"frozenset": _encode_items(value)}
         case dict():
             return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     return {"object": type(value).__qualname__}
@@ -114,6 +118,8 @@ def decode(encoded: Any) -> Any:
             return tuple(decode(item) for item in items)
         case {"set": [*items]}:
             return {decode(item) for item in items}
+        case {"frozenset": [*items]}:
+            return frozenset(decode(item) for item in items)
         case {"dict": [*pairs]}:
             return {decode(key): decode(item) for key, item in pairs}
     raise ValueError(f"not an encoded value: {str(encoded)[:80]}")
@@ -149,7 +155,7 @@ def canonical_text(encoded: Any) -> str:
             return f"b{digits!r}"
         case {"tuple": [*items]}:
             return f"({','.join(_texts(items))})"
-        case {"set": [*items]}:
+        case {"set": [*items]} | {"frozenset": [*items]}:
             return f"{{{','.join(sorted(_texts(items)))}}}"
         case {"dict": [*pairs]}:
             return f"dict{{{','.join(sorted(map(_pair_text, pairs)))}}}"
