@@ -75,7 +75,7 @@ def test_responses_are_counted_by_what_became_of_them(planned: PlannedRun, resul
         assert count == sum(one["status"] == status for one in grades), status
     assert task["statuses"]["correct"] == sum(task["num_correct"])
     assert (task["num_samples"], len(task["problem_ids"])) == (M, N)
-    assert result["decoding"] == dataclasses.asdict(CONFIG.evaluation.decoding)
+    assert result["decoding"] == {**dataclasses.asdict(CONFIG.evaluation.decoding), "stop": []}
 
 
 def test_worked_solutions_are_read_with_their_prompts_given(
@@ -124,7 +124,7 @@ def test_responses_are_read_as_they_were_drawn(
 def test_a_kill_changes_no_byte(
     planned: PlannedRun, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module, "ROWS_PER_BATCH", 2 * M)  # three batches of two problems
+    monkeypatch.setattr(answers_module, "MAX_ROWS", 2 * M)  # three batches of two problems
     whole, crashed = (dataclasses.replace(planned, directory=tmp_path / name) for name in ("whole", "killed"))
     execute(whole)
     with monkeypatch.context() as patch:

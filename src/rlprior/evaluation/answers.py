@@ -84,7 +84,10 @@ def answer_problems(
     pools = store.pool(list(by_id), samples_per_problem)
     grades_path = grades_of(path)
     # grades hold for this verifier, these samples and these gold answers
-    gold = [[problem.id, problem.answer, problem.written_answer, problem.reference] for problem in problems]
+    gold = [
+        [problem.id, problem.answer, problem.written_answer, problem.choices, problem.reference]
+        for problem in problems
+    ]
     grader = f"{verifier.version}-{fingerprint([file_hash(path), samples_per_problem, gold])}"
     grades = read_grades(grades_path, grader=grader)
     if grades is None:

@@ -129,7 +129,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     evaluation, m = config.evaluation, config.evaluation.final.samples_per_problem
     path = run.directory / "samples" / f"{name}.jsonl"
-    with open_verifier(evaluation.tasks[name], _data_dir(config)) as verifier:
+    with open_verifier(evaluation.tasks[name], _data_dir(config), merge_votes=True) as verifier:
         columns = answer_problems(
             read.model,
             read.tokenizer,

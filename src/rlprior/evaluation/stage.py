@@ -175,7 +175,7 @@ def _measure(
     likelihood = {**tokens.by_document(), "unigram_cross_entropy_nats": material.unigram_nats}
     tasks: dict[str, Any] = {}
     for name, problems in material.problems.items():
-        with open_verifier(evaluation.tasks[name], _data_dir(config)) as verifier:
+        with open_verifier(evaluation.tasks[name], _data_dir(config), merge_votes=True) as verifier:
             columns = answer_problems(
                 model,
                 tokenizer,

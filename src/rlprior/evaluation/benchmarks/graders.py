@@ -33,7 +33,7 @@ def open_grader(
         task = TaskConfig(
             kind="file", path=benchmark.name, verifier=benchmark.grading, verifier_workers=num_workers
         )
-        with open_verifier(task, None) as verifier:
+        with open_verifier(task, None, merge_votes=True) as verifier:
             yield verifier
     elif benchmark.grading == "alias":
         yield AliasVerifier(punctuation_becomes=" " if benchmark.name == "triviaqa" else "")
