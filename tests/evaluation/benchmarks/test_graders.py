@@ -61,6 +61,16 @@ def test_mathematics_is_compared_as_mathematics(name: str) -> None:
     assert [verdict.status for verdict in verdicts] == [RIGHT, WRONG, RIGHT]
 
 
+@pytest.mark.parametrize("name", ["humaneval", "humanevalplus", "mbpp", "mbppplus"])
+def test_programs_are_run(name: str) -> None:
+    benchmark, problem = first(name)
+    right = problem.solution.removesuffix("\n[DONE]")
+    wrong = right.replace("2 * x", "3 * x").replace("x + 11", "x + 12")
+    with open_grader(benchmark, num_workers=1) as grader:
+        verdicts = grader.grade([(problem, text, False) for text in (right, wrong)])
+    assert [verdict.status for verdict in verdicts] == [RIGHT, WRONG]
+
+
 def test_likelihood_has_nothing_to_grade() -> None:
     with (
         pytest.raises(UsageError, match="piqa is scored by likelihood; it has no sampled answers"),

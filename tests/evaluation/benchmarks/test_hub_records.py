@@ -311,6 +311,7 @@ BROKEN = [
         RunError,
         "one of them 1",
     ),
+    ("truthfulqa", {"question": "?", "mc1_targets": ["a"]}, RunError, "one of them 1"),
     ("ifeval", {"prompt": "?", "instruction_id_list": ["a"], "kwargs": []}, RunError, "as many objects"),
 ]
 

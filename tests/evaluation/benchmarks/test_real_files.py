@@ -131,4 +131,7 @@ def test_a_smaller_draw_is_the_beginning_of_a_larger_and_even_over_groups(real_d
     everything = {problem.id for problem in load(real_data, "bbh", 3)}
     assert {problem.id for problem in larger} < everything
     assert larger != load(real_data, "bbh", 3, limit=100, seed=1)
+    few = [{problem.group for problem in load(real_data, "bbh", 3, limit=5, seed=seed)} for seed in (0, 1)]
+    assert len(few[0]) == len(few[1]) == 5
+    assert few[0] != few[1]
     assert {problem.id for problem in load(real_data, "bbh", 3, limit=10**6)} == everything

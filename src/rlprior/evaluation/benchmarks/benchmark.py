@@ -155,7 +155,7 @@ def _examples_of_sources(benchmark: Benchmark, num_shots: int, data_dir: Path | 
         return {group: Examples("", tuple(texts)) for group, texts in by_group.items()}
     first = [
         [benchmark.read(record).text for record in itertools.islice(read_source(source, data_dir), num_shots)]
-        for source in benchmark.shots
+        for source in benchmark.shots[:num_shots]  # one example of each of so many sources is enough
     ]
     in_turn = [text for texts in itertools.zip_longest(*first) for text in texts if text is not None]
     return {"": Examples("", tuple(in_turn))}
@@ -200,19 +200,24 @@ def _read_all(benchmark: Benchmark, sources: Sequence[Source], data_dir: Path | 
 
 
 def draw_problems(problems: Sequence[Problem], limit: int, seed: int) -> list[Problem]:
-    """At most `limit` problems: the groups in turn, each in a random order of its own.
+    """At most `limit` problems: of the groups, in a random order, one each in turn; each group in a random order of its own.
 
     >>> problems = [Problem(id=str(i), task="", difficulty=0, prompt="", solution="", answer="", group="ab"[i % 2]) for i in range(9)]
     >>> drawn = draw_problems(problems, 4, seed=0)
-    >>> [one.group for one in drawn], drawn[:2] == draw_problems(problems, 2, seed=0)
-    (['a', 'b', 'a', 'b'], True)
+    >>> [one.group for one in drawn], drawn[:3] == draw_problems(problems, 3, seed=0)
+    (['b', 'a', 'b', 'a'], True)
     """
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.group, []).append(problem)
+    names = sorted(groups)
     orders = [
-        [members[place] for place in shuffled_places(len(members), range(len(members)), seed, "draw", group)]
-        for group, members in sorted(groups.items())
+        [groups[name][place] for place in _any_order(len(groups[name]), seed, name)]
+        for name in (names[place] for place in _any_order(len(names), seed, "groups"))
     ]
     in_turn = (one for turn in itertools.zip_longest(*orders) for one in turn if one is not None)
     return list(itertools.islice(in_turn, limit))
+
+
+def _any_order(size: int, seed: int, name: str) -> list[int]:
+    return shuffled_places(size, range(size), seed, "draw", name)

@@ -12,6 +12,9 @@ from rlprior.evaluation.code.grader import open_code_verifier
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.verifier import AliasVerifier, ExactVerifier, Verifier, open_verifier
 
+TIMEOUT_SECONDS = 5.0
+"""For one comparison by math-verify. It takes up to 0.2 seconds on an idle machine; a busy one must not change a score."""
+
 
 @contextlib.contextmanager
 def open_grader(
@@ -31,7 +34,11 @@ def open_grader(
         raise UsageError(f"{benchmark.name} is scored by likelihood; it has no sampled answers to grade")
     if benchmark.grading in ("rules", "math"):
         task = TaskConfig(
-            kind="file", path=benchmark.name, verifier=benchmark.grading, verifier_workers=num_workers
+            kind="file",
+            path=benchmark.name,
+            verifier=benchmark.grading,
+            verifier_timeout_seconds=TIMEOUT_SECONDS,
+            verifier_workers=num_workers,
         )
         with open_verifier(task, None, merge_votes=True) as verifier:
             yield verifier

@@ -101,12 +101,14 @@ def read_gpqa(record: Record) -> Problem:
 def read_truthfulqa(record: Record) -> Problem:
     """`question` and `mc1_targets`, whose first choice is the right one: shuffled, so that a tie does not find it."""
     targets = record["mc1_targets"]
-    if not isinstance(targets, dict) or [*targets.get("labels", ())].count(1) != 1:
+    pairs = (
+        list(zip(targets["choices"], targets["labels"], strict=False)) if isinstance(targets, dict) else []
+    )
+    right = [choice for choice, label in pairs if label == 1]
+    if len(right) != 1:
         raise record.wrong("mc1_targets", "an object with `choices` and `labels`, one of them 1")
-    pairs = list(zip(targets["choices"], targets["labels"], strict=True))
-    right = next(choice for choice, label in pairs if label == 1)
     question = record.text("question")
-    choices, answer = shuffled_choices(right, [choice for choice, label in pairs if label != 1], question)
+    choices, answer = shuffled_choices(right[0], [choice for choice, label in pairs if label != 1], question)
     return likelihood_problem(f"Q: {question}\nA:", check_choices(record, "mc1_targets", choices), answer)
 
 

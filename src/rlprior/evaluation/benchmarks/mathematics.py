@@ -128,7 +128,10 @@ OLYMPIADBENCH = Benchmark(
             subset="OE_TO_maths_en_COMP",
             split="train",
             folder="olympiadbench",
-            files=("olympiadbench/OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP",),
+            files=(
+                "olympiadbench/train",
+                "olympiadbench/OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP",
+            ),
         ),
     ),
     read=read_olympiadbench,

@@ -58,8 +58,8 @@ def gold_letter(record: Record, name: str, labels: Sequence[str]) -> str:
 def shuffled_choices(right: str, others: Sequence[str], key: str) -> tuple[tuple[str, ...], str]:
     """Choices in an order that the key fixes, and the letter of the right one.
 
-    >>> shuffled_choices("a", ["b", "c"], "some question")
-    (('a', 'c', 'b'), 'A')
+    >>> shuffled_choices("a", ["b", "c"], "another question")
+    (('b', 'a', 'c'), 'B')
     """
     order = numpy_generator(0, "choices", key).permutation(len(others) + 1).tolist()
     choices = [right, *others]
