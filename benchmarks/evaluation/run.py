@@ -169,10 +169,12 @@ def _read_questions(data_dir: Path, number: int) -> tuple[list[Any], list[dict[s
 def _choose_batch_size(
     model: Any, tokenizer: Any, documents: Sequence[dict[str, Any]], arguments: argparse.Namespace
 ) -> tuple[str, dict[str, float]]:
-    """The batch size with which lm-evaluation-harness is fastest on the first questions, and responses a second of each."""
+    """The batch size with which lm-evaluation-harness is fastest on the first questions, and responses a second of each; one alone is taken untried."""
     few = documents[: arguments.trial_questions]
     _repeat(model, tokenizer, few[:1], 2, "2", seed=0)  # whatever is done once
     tried: dict[str, float] = {}
+    if len(arguments.batch_sizes) == 1:
+        return arguments.batch_sizes[0], tried
     for batch_size in arguments.batch_sizes:
         call = functools.partial(_repeat, model, tokenizer, few, arguments.samples, batch_size, seed=0)
         found = _measure(call)
