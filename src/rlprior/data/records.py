@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
+
+MAX_CONNECT_SECONDS = 5.0
 
 
 def read_parquet(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -59,15 +65,38 @@ def read_hub(
     """
     try:
         import datasets
+        import huggingface_hub
     except ImportError:
         raise UsageError(
             "the hub needs the datasets package; install it with: pip install 'rlprior[hub]'"
         ) from None
+    if (
+        not _is_hub_reachable()
+    ):  # what was fetched before is read at once, and the rest is told without half a minute of attempts
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(str(folder or name), name=subset, split=split, streaming=True)
         yield from enumerate(rows, start=1)
     except Exception as error:  # whatever the hub's client, its file formats and the network raise
         raise RunError(f"data set {name!r} could not be read from the hub: {_first_line(error)}") from None
+
+
+@functools.cache
+def _is_hub_reachable() -> bool:
+    """Whether the hub answers; behind a proxy only an attempt could tell."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(ENDPOINT)
+    if address.scheme in urllib.request.getproxies():
+        return True
+    try:
+        port = address.port or {"http": 80}.get(address.scheme, 443)
+        socket.create_connection((address.hostname or "", port), timeout=MAX_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def missing_field(name: str, existing: Iterable[str], where: str) -> UsageError:

@@ -38,7 +38,9 @@ class Reason(enum.StrEnum):
     GOLD = "the gold answers differ"
     NO_VERDICT = "our verifier did not finish: nothing is known of the response"
     STOP_STRING = "there the response ends at a stop string that it was not sampled with"
-    LENGTH_LIMIT = "the length limit cut the response before its answer was finished, which does not count here"
+    LENGTH_LIMIT = (
+        "the length limit cut the response before its answer was finished, which does not count here"
+    )
     NOT_STATED = "the response states no answer in a form that counts here; their pattern finds one"
     NOT_FOUND = "their pattern does not find the form in which the answer is stated"
     SPELLING = "one answer, compared as a value here and as text there"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlprior.evaluation.benchmarks.suites import SUITES, category_averages
+from rlprior.evaluation.benchmarks.suites import BENCHMARKS, SUITES, category_averages
 from rlprior.evaluation.suite import RESULTS_FILE
 from rlprior.runs import write_atomically
 from rlprior.samples.estimators import avg_at_m, pass_at_k
@@ -56,7 +56,7 @@ def describe_results(results: dict[str, Any]) -> str:
     means = {name: float(values.mean()) for name, values in scores.items()}
     for title, average in category_averages(means, suite).items():
         value = (
-            f"without {', '.join(average.missing)} there is none"
+            f"none without {_list(average.missing)}"
             if average.value is None
             else f"{100 * average.value:.2f}"
         )
@@ -66,11 +66,20 @@ def describe_results(results: dict[str, Any]) -> str:
         f"Sampled at temperature {decoding['temperature']:g} and top-p {decoding['top_p']:g}; accuracy is Avg@m, in percent, or that of the likeliest choice; "
         "in brackets its 95% interval over questions like these; Pass@k and Cons@m are of the samples; cut: at the length limit.",
     ]
+    warnings: dict[str, list[str]] = {}
     for name, values in scores.items():
-        if warning := score_interval(values).warning:
-            lines.append(f"{benchmarks[name]['title']}: {warning}.")
-    lines += [f"Not asked: {reason}" for reason in results["missing"].values()]
+        warnings.setdefault(score_interval(values).warning, []).append(benchmarks[name]["title"])
+    lines += [f"{', '.join(titles)}: {warning}." for warning, titles in warnings.items() if warning]
+    if results["missing"]:
+        titles = ", ".join(BENCHMARKS[name].title for name in results["missing"])
+        lines.append(
+            f"Not asked for want of data: {titles}; {RESULTS_FILE} has the file or command that gives each."
+        )
     return "\n".join(lines)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 6 else f"{len(names)} benchmarks that are missing"
 
 
 def scores_of(benchmark: dict[str, Any]) -> np.ndarray:
