@@ -222,3 +222,33 @@ def test_the_table_by_hand() -> None:
     assert rows["PIQA"][5].startswith("50.0 (")
     assert rows["PIQA"][6:10] == ["", "", "", ""]
     assert "Not asked for want of data: MMLU;" in text
+    assert "Pass@4 of GSM8K for want of the 64 samples" in text
+
+
+def test_averages_count_pass_at_k_as_the_papers() -> None:
+    def benchmark(num_samples: int, num_correct: list[int]) -> dict[str, Any]:
+        return {
+            "title": "T",
+            "category": "C",
+            "metric": "sampled",
+            "num_shots": 0,
+            "num_samples": num_samples,
+            "num_correct": num_correct,
+            "consensus": [],
+            "num_truncated": [0],
+            "num_unparsable": [0],
+        }
+
+    text = describe_results(
+        {
+            "suite": "paper-base",
+            "model": "m",
+            "decoding": {"temperature": 0.7, "top_p": 0.95},
+            "missing": {},
+            "benchmarks": {
+                "humanevalplus": benchmark(128, [1, 0]),  # Pass@64 of one in 128 is 0.5
+                "mbppplus": benchmark(128, [128, 128]),
+            },
+        }
+    )
+    assert "- Coding: 62.50" in text

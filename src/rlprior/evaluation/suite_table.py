@@ -53,7 +53,8 @@ def describe_results(results: dict[str, Any]) -> str:
         ),
         "",
     ]
-    means = {name: float(values.mean()) for name, values in scores.items()}
+    counted = {entry.benchmark: entry.pass_k for entry in suite.entries}
+    means = {name: _counted_score(one, scores[name], counted[name]) for name, one in benchmarks.items()}
     for title, average in category_averages(means, suite).items():
         value = (
             f"none without {_list(average.missing)}"
@@ -66,6 +67,13 @@ def describe_results(results: dict[str, Any]) -> str:
         f"Sampled at temperature {decoding['temperature']:g} and top-p {decoding['top_p']:g}; accuracy is Avg@m, in percent, or that of the likeliest choice; "
         "in brackets its 95% interval over questions like these; Pass@k and Cons@m are of the samples; cut: at the length limit.",
     ]
+    for k in sorted({k for name in benchmarks if (k := counted[name])}):
+        titles = [one["title"] for name, one in benchmarks.items() if counted[name] == k]
+        fewest = min(one["num_samples"] for name, one in benchmarks.items() if counted[name] == k)
+        want = (
+            f" for want of the {k} samples of the paper's Pass@{k}" if fewest < k else ", as the paper's do"
+        )
+        lines.append(f"The averages count Pass@{min(k, fewest)} of {', '.join(titles)}{want}.")
     warnings: dict[str, list[str]] = {}
     for name, values in scores.items():
         warnings.setdefault(score_interval(values).warning, []).append(benchmarks[name]["title"])
@@ -76,6 +84,14 @@ def describe_results(results: dict[str, Any]) -> str:
             f"Not asked for want of data: {titles}; {RESULTS_FILE} has the file or command that gives each."
         )
     return "\n".join(lines)
+
+
+def _counted_score(benchmark: dict[str, Any], scores: np.ndarray, k: int | None) -> float:
+    """What an average counts: accuracy, or Pass@k of as many samples as there are."""
+    if k is None:
+        return float(scores.mean())
+    m = benchmark["num_samples"]
+    return float(pass_at_k(m, np.array(benchmark["num_correct"]), min(k, m)).mean())
 
 
 def _list(names: Sequence[str]) -> str:

@@ -82,7 +82,11 @@ def _plus_inputs(record: Record) -> tuple[list[Any], float] | None:
     if loop is None or "inputs" not in assigned:
         return None
     # assertion(actual, expected, tolerance), or assert a residual <= tolerance
-    tolerance = next(node.value for node in reversed([*ast.walk(loop)]) if isinstance(node, ast.Constant))
+    tolerance = next(
+        node.value
+        for node in reversed([*ast.walk(loop)])
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+    )
     inputs = ast.literal_eval(_Infinities().visit(assigned["inputs"]))
     return [list(arguments) for arguments in inputs], tolerance
 
