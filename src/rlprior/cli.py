@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rlprior import commands, plan_command
+from rlprior import commands, evaluation_commands, plan_command
 from rlprior.config import RunError, UsageError
 
 OVERRIDES = "any setting of the file can be replaced: --section.key=value (a value is TOML; list items by position, as in --data.sources.0.max_bytes=1000000)"
@@ -70,44 +70,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
             "rlprior dpo dpo.toml --init-from MODEL --samples runs/scores/samples/gsm8k-00000000.jsonl",
         ],
     ),
-    "evaluate": (
-        "a suite of benchmarks, or held-out likelihood and tasks of your own, on a Hugging Face folder",
-        [
-            "rlprior evaluate MODEL --suite paper-base --data-dir data --out runs/ce-paper",
-            "rlprior evaluate MODEL --suite paper-base --benchmarks gsm8k mmlu --samples 8 --max-questions 200",
-            "rlprior evaluate MODEL --suite paper-rl --samples 128 --max_new_tokens=16384",
-            "rlprior evaluate runs/ce/checkpoints/step-00000400 --config evaluate.toml --out runs/ce-eval",
-        ],
-    ),
-    "samples": (
-        "read a run's questions, responses and verdicts in one HTML page, tokens coloured by what a model says of them",
-        [
-            "rlprior samples runs/ce-eval",
-            "rlprior samples runs/ce-eval --model runs/ce/checkpoints/step-00000400",
-            "rlprior samples runs/rl-eval --model runs/rl/checkpoints/step-00000100 --against runs/ce/checkpoints/step-00000400",
-            "rlprior samples runs/ce-eval --task gsm8k --max-questions 500 --out gsm8k.html --parquet gsm8k.parquet",
-        ],
-    ),
-    "compare": (
-        "whether two evaluations of the same questions differ by more than chance, benchmark by benchmark",
-        [
-            "rlprior compare runs/ce-eval runs/sharp-eval",
-            "rlprior compare runs/ce-eval runs/sharp-eval --metric pass@8 --out runs/ce-sharp.json",
-        ],
-    ),
-    "crosscheck": (
-        "an evaluation's stored GSM8K and MMLU samples, scored by lm-evaluation-harness, and why what differs does",
-        ["rlprior crosscheck runs/ce-eval --data-dir data"],
-    ),
-    "readiness": (
-        "which models would learn under reinforcement learning, and why, before it",
-        [
-            "rlprior readiness runs/ce/checkpoints/step-00000400",
-            "rlprior readiness CE=runs/ce/checkpoints/step-00000400 sharp=runs/sharp/checkpoints/step-00000400",
-            "rlprior readiness MODEL --config evaluate.toml --data-dir data --group-size 8",
-            "rlprior readiness --study runs/demo",
-        ],
-    ),
+    **evaluation_commands.COMMANDS,
     "watch": (
         "look at a run or a study while it is made, or after; Ctrl-C ends the looking alone",
         ["rlprior watch runs/ce", "rlprior watch runs/demo --once"],
@@ -126,7 +89,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
-WITHOUT_SETTINGS = ("samples", "compare", "crosscheck", "watch", "report")
+WITHOUT_SETTINGS = ("watch", "report", *evaluation_commands.WITHOUT_SETTINGS)
 WITHOUT_SETTINGS = ("samples", "crosscheck", "watch", "report")
 
 
@@ -228,11 +191,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["dpo"].add_argument(
         "--samples", metavar="FILE", help="graded samples of an evaluation (default: the run draws its own)"
     )
-    _add_evaluate_arguments(parsers["evaluate"])
-    _add_samples_arguments(parsers["samples"])
-    _add_compare_arguments(parsers["compare"])
-    _add_crosscheck_arguments(parsers["crosscheck"])
-    _add_readiness_arguments(parsers["readiness"])
     parsers["watch"].add_argument(
         "directory", type=Path, metavar="RUN_OR_STUDY", help="the folder that --out named"
     )
@@ -242,6 +200,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parsers["report"].add_argument("directory", type=Path, metavar="STUDY", help="a study's folder")
     parsers["report"].add_argument("--out", type=Path, help="the page to write (default: STUDY/report.html)")
     plan_command.add_arguments(parsers["plan"])
+    evaluation_commands.add_arguments(parsers)
     for name in ("train", "rl", "export-rl", "sft", "dpo"):
         parsers[name].add_argument("--init-from", metavar="MODEL", help="Hugging Face folder to start from")
     for name in ("demo", "study"):
@@ -279,54 +238,6 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--suite", metavar="NAME", help="benchmarks: paper-base, paper-rl, remit-base or remit-post"
-    )
-    what.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="held-out text and tasks of your own instead"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        metavar="M",
-        help="answers drawn to each question of a suite (default: 128); asking for more later goes on with those there are",
-    )
-    parser.add_argument(
-        "--max-questions",
-        type=int,
-        metavar="N",
-        help="of each benchmark, at random, the same for every model (default: all)",
-    )
-    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="of the suite these alone")
-    parser.add_argument(
-        "--skip-missing", action="store_true", help="leave out the benchmarks whose data is not there"
-    )
-    parser.add_argument(
-        "--unsafe-exec", action="store_true", help="run programs of the model where they cannot be isolated"
-    )
-
-
-def _add_crosscheck_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "directory", type=Path, metavar="RUN", help="folder that 'rlprior evaluate --suite' wrote"
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the benchmarks' files, from which gold answers are read anew (default: the hub)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="every response that differs (default: RUN/crosscheck.json)",
-    )
-
-
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="settings of `rlprior rl`")
     parser.add_argument(
@@ -345,79 +256,6 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_samples_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "directory", type=Path, metavar="RUN", help="the folder of an evaluation, or of any run with samples/"
-    )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        metavar="MODEL",
-        help="a Hugging Face folder that says how probable each token is",
-    )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="OTHER",
-        help="another with the same tokenizer, to show the difference",
-    )
-    parser.add_argument("--task", nargs="+", default=(), metavar="NAME", help="these tasks alone")
-    parser.add_argument(
-        "--max-questions", type=int, default=100, metavar="N", help="of each task and step (default: 100)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="the page to write (default: RUN/samples.html)"
-    )
-    parser.add_argument(
-        "--parquet", type=Path, metavar="FILE", help="also all samples as a table, a row each"
-    )
-
-
-def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, label in (("first", "A"), ("second", "B")):
-        parser.add_argument(name, type=Path, metavar=label, help="a folder that `rlprior evaluate` wrote")
-    parser.add_argument(
-        "--metric",
-        default="avg",
-        metavar="avg|pass@K|cons",
-        help="share of correct samples (default), Pass@K, or majority votes",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every number there too")
-
-
-def _add_readiness_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL", help="Hugging Face folders; LABEL=FOLDER names one on the page"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE.toml",
-        help="settings of `rlprior evaluate` (default: arithmetic of three difficulties, and English)",
-    )
-    parser.add_argument(
-        "--samples",
-        dest="num_samples",
-        type=int,
-        metavar="M",
-        help="samples a question (default: the file's, or 128)",
-    )
-    parser.add_argument(
-        "--group-size", type=int, default=16, metavar="G", help="samples of a GRPO group (default: 16)"
-    )
-    parser.add_argument(
-        "--study",
-        type=Path,
-        metavar="STUDY",
-        help="test on the runs of a study whether what is measured before RL predicts what RL does",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/readiness"), metavar="DIR", help="default: runs/readiness"
-    )
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that relative paths of data start from")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, and stop")
-
-
 _RUN = {
     "demo": commands.run_demo,
     "study": commands.run_study,
@@ -426,11 +264,7 @@ _RUN = {
     "export-rl": commands.run_export_rl,
     "sft": commands.run_sft,
     "dpo": commands.run_dpo,
-    "evaluate": commands.run_evaluate,
-    "samples": commands.run_samples,
-    "compare": commands.run_compare,
-    "crosscheck": commands.run_crosscheck,
-    "readiness": commands.run_readiness,
+    **evaluation_commands.RUN,
     "watch": commands.run_watch,
     "plan": plan_command.run,
     "report": commands.run_report,
