@@ -192,7 +192,8 @@ function drawQuestion(card) {
     fold.addEventListener("toggle", () => fold.children.length > 1 || fold.append(textBox("text mono shared", prefix)));
     box.append(fold);
   }
-  box.append(...foldLong(textBox("text mono", card.prompt), plain(card.prompt)));
+  // of a long prompt the end stays in sight: the question comes after instructions and worked examples
+  box.append(...foldLong(element("div", "from-end", textBox("text mono", card.prompt)), plain(card.prompt)));
   return box;
 }
 
