@@ -1,8 +1,8 @@
 """What reinforcement learning did to one arm of a study: held-out accuracy before and after with its interval, and what came beside it.
 
-    python -m benchmarks.rl.gain runs/rl-200 --arm ce --out results/rl-200-steps/refill.json
+    python -m benchmarks.rl.gain runs/rl-200-0 runs/rl-200-1 runs/rl-200-2 --arm ce --out results/rl-200-steps/refill.json
 
-The folder is that of a study; results/README.md has the command of `rl-200-steps`.
+The folders are those of studies of different seeds; results/README.md has the commands of `rl-200-steps`.
 
 Intervals are Student's t over seeds, as in the report; with three seeds they are wide.
 """
@@ -28,14 +28,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="what `rlprior study` wrote")
+    parser.add_argument("directories", type=Path, nargs="+", help="what `rlprior study` wrote")
     parser.add_argument("--arm", default="ce")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    study = load_study(arguments.directory)
+    studies = [load_study(directory) for directory in arguments.directories]
+    pairs = [(study, seed) for study in studies for seed in study.seeds]
+    if len(pairs) < 2 or len({seed for _, seed in pairs}) < len(pairs):
+        raise SystemExit("an interval over seeds needs two seeds or more, each of them once")
     before, after = (
-        [measure(_final(study, arguments.arm, seed, stage), arguments.task) for seed in study.seeds]
+        [measure(_final(study, arguments.arm, seed, stage), arguments.task) for study, seed in pairs]
         for stage in ("midtrain", "rl")
     )
     rows = {
@@ -46,7 +49,7 @@ def main() -> None:
         }
         for name in before[0]
     }
-    runs = [study.runs[arguments.arm, seed, "rl"].metrics for seed in study.seeds]
+    runs = [study.runs[arguments.arm, seed, "rl"].metrics for study, seed in pairs]
     training = {
         name: {
             "first ten steps": [_mean(run[:10], name) for run in runs],
@@ -63,13 +66,14 @@ def main() -> None:
     for name, row in training.items():
         print(f"| training {name} | {_span(row['first ten steps'])} | {_span(row['last ten steps'])} | |")
     if arguments.out:
+        first = studies[0]
         report = {
-            "command": study.command,
-            "hardware": study.hardware,
-            "versions": study.versions,
-            "seeds": study.seeds,
-            "rl": study.config["rl"],
-            "midtrain": study.config["midtrain"],
+            "commands": [study.command for study in studies],
+            "hardware": first.hardware,
+            "versions": first.versions,
+            "seeds": [seed for _, seed in pairs],
+            "rl": first.config["rl"],
+            "midtrain": {seed: study.config["midtrain"] for study, seed in pairs},
             "held_out": rows,
             "training": training,
         }
