@@ -32,6 +32,7 @@ from rlprior.samples.store import Sample, read_samples
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import open_verifier
+from rlprior.world import ALONE
 
 CODE = stage.CODE
 RESULT_FILE = "readiness.json"
@@ -64,7 +65,8 @@ def run(config: ReadinessRunConfig, run: Run) -> Path:
     if run.result is not None:
         return path
     evaluation, folder = config.evaluation, Path(config.target)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model: Any = load_model(folder)
+    model, tokenizer = model.to(ALONE.device), load_tokenizer(folder)
     documents = held_out_documents(
         Corpus.open(Path(config.corpus)), evaluation.held_out_sources, evaluation.final.held_out_tokens
     )

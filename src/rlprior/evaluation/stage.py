@@ -25,6 +25,7 @@ from rlprior.tasks.config import load_task
 from rlprior.tasks.problem import UNGRADED, Problem
 from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import MANIFEST_FILE, checkpoint_directory
+from rlprior.world import ALONE
 
 CODE = (
     "rlprior.evaluation",
@@ -166,7 +167,8 @@ def _measure(
     progress: _Progress,
 ) -> dict[str, Any]:
     evaluation = config.evaluation
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model: Any = load_model(folder)
+    model, tokenizer = model.to(ALONE.device), load_tokenizer(folder)
     manifest = folder / MANIFEST_FILE
     checkpoint = json.loads(manifest.read_text()) if manifest.exists() else {"step": 0, "state": {}}
     tokens = measure_tokens(
