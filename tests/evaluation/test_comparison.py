@@ -148,6 +148,14 @@ def test_a_benchmark_that_cannot_be_compared_leaves_the_others(tmp_path: Path) -
     assert found.notes == ("choices: left out, Pass@2 needs 2 samples of a question and there are 1",)
 
 
+def test_programs_are_compared_though_nothing_votes(tmp_path: Path) -> None:
+    a = write_suite(tmp_path / "a", mbpp=benchmark([1, 2], consensus=[]), gsm8k=benchmark([1, 2]))
+    assert [row.benchmark for row in compare(a, a).rows] == ["mbpp", "gsm8k"]
+    votes = compare(a, a, "cons")
+    assert [row.benchmark for row in votes.rows] == ["gsm8k"]
+    assert "mbpp: left out, no votes were counted" in votes.notes
+
+
 def test_what_holds_of_many_benchmarks_is_said_once(tmp_path: Path) -> None:
     names = ("x", "y", "z")
     a = write_suite(tmp_path / "a", **{name: benchmark(draws(0)) for name in names})

@@ -176,7 +176,8 @@ def read_evaluation(folder: Path) -> dict[str, Scores]:
 def _read_scores(entry: Mapping[str, Any]) -> Scores:
     ids = tuple(entry["problem_ids"])
     correct = np.array(entry["num_correct"])
-    consensus = np.array(entry["consensus"], dtype=np.float64) if "consensus" in entry else None
+    # empty where nothing votes: programs, instructions
+    consensus = np.array(entry["consensus"], dtype=np.float64) if entry.get("consensus") else None
     if len(correct) != len(ids) or (consensus is not None and len(consensus) != len(ids)):
         raise ValueError("columns of different lengths")
     if consensus is not None and not ((consensus >= 0) & (consensus <= 1)).all():
