@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -126,6 +127,23 @@ def test_a_crash_changes_no_number(
     assert evaluate(model, tmp_path / "crashed", data_dir) == 0
     for name in ("results.json", "results.md", "samples/gsm8k.jsonl", "choices/openbookqa.json"):
         assert (tmp_path / "crashed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_corrected_gold_answer_counts(model: Path, data_dir: Path, tmp_path: Path) -> None:
+    corrected = tmp_path / "data"
+    shutil.copytree(data_dir, corrected)
+    out, options = tmp_path / "out", ("--benchmarks", "openbookqa")
+    assert evaluate(model, out, corrected, *options) == 0
+    before = results_of(out)["benchmarks"]["openbookqa"]["num_correct"]
+    path = corrected / "openbookqa" / "test.jsonl"
+    swapped = str.maketrans("AB", "BA")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["answerKey"] = record["answerKey"].translate(swapped)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (out / "result.json").unlink()  # killed before its end
+    assert evaluate(model, out, corrected, *options) == 0
+    assert results_of(out)["benchmarks"]["openbookqa"]["num_correct"] == [1 - one for one in before]
 
 
 @pytest.mark.slow

@@ -272,7 +272,10 @@ def _score(
 ) -> dict[str, Any]:
     """Log-likelihoods of choices, kept under what they belong to."""
     path = run.directory / "choices" / f"{one.benchmark.name}.json"
-    asked = [[problem.id, problem.prompt, problem.choices, problem.reference] for problem in one.problems]
+    asked = [
+        [problem.id, problem.prompt, problem.choices, problem.reference, problem.answer]
+        for problem in one.problems
+    ]
     key = fingerprint([task, identity, asked])
     if path.exists():
         try:
