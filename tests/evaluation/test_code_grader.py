@@ -131,6 +131,14 @@ def test_programs_that_behave_alike_vote_alike(verifier: CodeVerifier) -> None:
     assert no_value is None is raised
 
 
+def test_equal_outputs_with_two_verdicts_are_two_votes(verifier: CodeVerifier) -> None:
+    nearly_3 = {"canonical_solution": "    return x - 1e-9\n", "base_input": [[3]], "plus_input": []}
+    asked = problem(humaneval_reference({**ROOT, **nearly_3}))
+    number, integer = verifier.grade([(asked, f"    return {text}\n", False) for text in ("3.0", "3")])
+    assert (number.status, integer.status) == (Status.CORRECT, Status.WRONG)
+    assert number.extracted != integer.extracted  # one answer with both verdicts would end the evaluation
+
+
 def test_identical_programs_run_once(verifier: CodeVerifier, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Request] = []
     run = verifier._sandbox.run

@@ -146,7 +146,8 @@ class CodeVerifier:
             is_expected(reference["comparison"], output, expected, arguments, reference["tolerance"])
             for output, expected, arguments in rows
         )
-        return Verdict(Status.CORRECT if is_correct else Status.WRONG, _behaviour(outcome.outputs))
+        status = Status.CORRECT if is_correct else Status.WRONG
+        return Verdict(status, _behaviour(outcome.outputs, status))
 
     def _judge_by_test(self, reference: Mapping[str, Any], sources: Sources) -> Verdict:
         """The test runs beside the program, which could look at it; that it passed is told by a word drawn for this run."""
@@ -181,10 +182,14 @@ def _key(reference: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(reference, sort_keys=True).encode()).hexdigest()
 
 
-def _behaviour(outputs: Sequence[Any]) -> str | None:
-    """A hash of what a program returned, None where it returned what is no value."""
+def _behaviour(outputs: Sequence[Any], status: Status) -> str | None:
+    """A hash of what a program returned, None where it returned what is no value.
+
+    Of equal outputs one may count as correct and the other not (3.0 within the tolerance of a float, 3 not): they are two votes.
+    """
     try:
         text = canonical_text(list(outputs))
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    return f"outputs {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{status} {text}".encode(errors="surrogatepass"))
+    return f"outputs {digest.hexdigest()[:16]}"
