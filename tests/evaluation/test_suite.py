@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -16,6 +17,8 @@ from tests.small_study import Killed, command, crash_on_call, environment, last_
 from rlprior.cli import main
 from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation import suite as suite_module
+from rlprior.evaluation.benchmarks.suites import BENCHMARKS
+from rlprior.evaluation.comparison import Metric, compare_evaluations, read_evaluation
 from rlprior.evaluation.suite_table import describe_results
 
 QUESTIONS = [("How many are 2 and 3?", 5), ("How many are 4 and 4?", 8), ("How many are 6 and 1?", 7)]
@@ -84,6 +87,20 @@ def test_each_benchmark_by_its_own_metric(
     assert (tmp_path / "out" / "results.md").read_text().strip() in printed
     assert "| Mathematics" in printed
     assert "Average: none without" in printed  # seventeen benchmarks are missing
+
+
+def test_the_limit_of_a_benchmark_is_written_down(
+    model: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = dataclasses.replace(BENCHMARKS["gsm8k"], max_new_tokens=7)
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", limited)
+    for name, limit in (("a", ""), ("b", "--max_new_tokens=6")):
+        options = ["--samples", "1", "--benchmarks", "gsm8k", *([limit] if limit else [])]
+        paths = [str(one) for one in (model, "--suite", "paper-base", "--data-dir", data_dir)]
+        assert main(["evaluate", *paths, "--out", str(tmp_path / name), *options]) == 0
+    own, given = (read_evaluation(tmp_path / name) for name in "ab")
+    notes = compare_evaluations(own, given, Metric("avg")).notes
+    assert any("max_new_tokens is 7 in A and 6 in B" in note for note in notes)
 
 
 def test_a_suite_grows(model: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,9 @@ def _measure(
         )
     if benchmark.grading in ("code", "instructions"):  # nothing that could be voted on
         columns["consensus"] = []
-    return {"num_samples": config.request.samples_per_question, **columns}
+    # the benchmark's own limit where none was asked for: two suites may differ in it
+    limit = config.decoding(one.entry).max_new_tokens
+    return {"num_samples": config.request.samples_per_question, "max_new_tokens": limit, **columns}
 
 
 def _score(
