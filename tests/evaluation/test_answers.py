@@ -14,6 +14,7 @@ from tests.small_study import Killed, crash_on_call, study_config
 from rlprior.config import RunError
 from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
+from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline
 from rlprior.evaluation.pools import questions_of
@@ -103,6 +104,7 @@ def test_counts_by_hand(policy: tuple[Any, Any], tmp_path: Path, monkeypatch: py
         "num_failed": [0, 0, 0, 0],
         "num_disputed": [0, 0, 0, 0],
         "num_tokens": lengths,
+        "num_cut": [0, 0, 0, 0],
     }
     assert sum(progress) == 16
 
@@ -264,12 +266,14 @@ def test_more_samples_are_drawn_to_those_there_are(
 def test_long_prompts_keep_their_end_and_few_rows_share_the_memory(
     policy: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = policy
+    model, tokenizer = policy
     batches: list[tuple[list[int], int]] = []
+    asked: list[list[int]] = []
     original = answers_module.sample
 
     def record(model: Any, prompts: Any, **options: Any) -> Any:
         batches.append(([len(prompt) for prompt in prompts], len(options["generators"][0])))
+        asked.extend(prompts)
         return original(model, prompts, **options)
 
     monkeypatch.setattr(answers_module, "sample", record)
@@ -279,10 +283,13 @@ def test_long_prompts_keep_their_end_and_few_rows_share_the_memory(
         Problem(id=name, task="t", difficulty=1, prompt=f"{name} " * 60 + "A:", solution="", answer="5")
         for name in "ab"
     ]
-    answer(policy, problems, tmp_path / "pool.jsonl")
+    columns, _ = answer(policy, problems, tmp_path / "pool.jsonl")
     room = 50 - DECODING.max_new_tokens
     assert batches == [([room], 3), ([room], 1)] * 2
-    monkeypatch.setattr(model.config, "max_position_embeddings", DECODING.max_new_tokens)
+    whole = encode_prompt(tokenizer, problems[0].prompt)
+    assert asked[0] == [whole[0], *whole[1 - room :]]  # a document begins with its first token
+    assert columns["num_cut"] == [1, 1]
+    monkeypatch.setattr(model.config, "max_position_embeddings", DECODING.max_new_tokens + 1)
     with pytest.raises(RunError, match="leaves no room"):
         answer(policy, problems, tmp_path / "other.jsonl")
 

@@ -260,6 +260,35 @@ def test_the_table_by_hand() -> None:
     assert "Pass@4 of GSM8K for want of the 64 samples" in text
 
 
+def test_what_counts_as_wrong_without_an_answer_is_said() -> None:
+    results: dict[str, Any] = {
+        "suite": "paper-base",
+        "model": "m",
+        "decoding": {"temperature": 0.7, "top_p": 0.95},
+        "missing": {},
+        "benchmarks": {
+            "math500": {
+                "title": "MATH-500",
+                "category": "Mathematics",
+                "metric": "sampled",
+                "num_shots": 4,
+                "num_samples": 4,
+                "num_correct": [4, 0],
+                "consensus": [1.0, 0.0],
+                "num_truncated": [0, 0],
+                "num_unparsable": [0, 0],
+                "num_timed_out": [0, 3],
+                "num_failed": [0, 0],
+                "num_cut": [0, 1],
+            }
+        },
+    }
+    text = describe_results(results)
+    assert "MATH-500: 3 of 8 answers timed out and count as wrong." in text
+    assert "failed" not in text
+    assert "MATH-500: 1 of 2 prompts lost their beginning, for want of positions in the model." in text
+
+
 def test_averages_count_pass_at_k_as_the_papers() -> None:
     def benchmark(num_samples: int, num_correct: list[int]) -> dict[str, Any]:
         return {

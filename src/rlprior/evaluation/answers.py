@@ -63,13 +63,15 @@ def answer_problems(
 
     Returns:
         Columns with one entry a problem: problem_ids, num_correct, consensus (expected Cons@m), consensus_tied, num_truncated,
-        num_unparsable, num_timed_out, num_failed (the statuses of that name), num_disputed (two graders disagree), num_tokens.
+        num_unparsable, num_timed_out, num_failed (the statuses of that name), num_disputed (two graders disagree), num_tokens, num_cut
+        (1 where the prompt lost its beginning).
     """
     key = StoreKey(model_hash=model_identity, task=name, decoding=dataclasses.asdict(decoding), seed=seed)
     store = SampleStore.open(path, key)
     write_questions(questions_of(path), problems)
     by_id = {problem.id: problem for problem in problems}
-    prompts = {problem.id: _encode_end(model, tokenizer, problem, decoding) for problem in problems}
+    encoded = {problem.id: _encode_end(model, tokenizer, problem, decoding) for problem in problems}
+    prompts = {problem_id: ids for problem_id, (ids, _) in encoded.items()}
     missing = _missing_indices(store, list(by_id), samples_per_problem)
     progress(len(by_id) * samples_per_problem - sum(map(len, missing.values())))
     for batch, indices in _batches(missing, prompts, _max_batch_tokens(model), decoding.max_new_tokens):
@@ -93,11 +95,12 @@ def answer_problems(
     if grades is None:
         grades = grade([one for pool in pools for one in pool], by_id, verifier.grade)
         write_grades(grades_path, grades, grader=grader)
-    return _columns(pools, grades, samples_per_problem)
+    is_cut = [int(encoded[problem_id][1]) for problem_id in by_id]
+    return {**_columns(pools, grades, samples_per_problem), "num_cut": is_cut}
 
 
-def _encode_end(model: Any, tokenizer: Any, problem: Problem, decoding: Decoding) -> list[int]:
-    """Token ids of a prompt; the end of them where the whole leaves no room for a response in the model's positions.
+def _encode_end(model: Any, tokenizer: Any, problem: Problem, decoding: Decoding) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether the whole leaves no room for a response in the model's positions: then the first and the end.
 
     Raises:
         RunError: a response alone has no room.
@@ -105,14 +108,15 @@ def _encode_end(model: Any, tokenizer: Any, problem: Problem, decoding: Decoding
     ids = encode_prompt(tokenizer, problem.prompt)
     max_positions = getattr(model.config, "max_position_embeddings", None)
     if max_positions is None:
-        return ids
+        return ids, False
     room = max_positions - decoding.max_new_tokens
-    if room < 1:
+    if room < 2:
         raise RunError(
             f"max_new_tokens = {decoding.max_new_tokens} leaves no room for a prompt in the model's {max_positions} "
             "positions; write a smaller one"
         )
-    return ids[-room:]
+    is_cut = len(ids) > room
+    return ([ids[0], *ids[1 - room :]] if is_cut else ids), is_cut
 
 
 def _missing_indices(store: SampleStore, problem_ids: Sequence[str], m: int) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from rlprior.evaluation.suite import RESULTS_FILE
 from rlprior.runs import write_atomically
 from rlprior.samples.estimators import avg_at_m, pass_at_k
 from rlprior.samples.intervals import score_interval
+from rlprior.tasks.problem import UNGRADED
 
 TABLE_FILE = "results.md"
 PASS_K = 64
@@ -74,6 +75,7 @@ def describe_results(results: dict[str, Any]) -> str:
             f" for want of the {k} samples of the paper's Pass@{k}" if fewest < k else ", as the paper's do"
         )
         lines.append(f"The averages count Pass@{min(k, fewest)} of {', '.join(titles)}{want}.")
+    lines += [line for one in benchmarks.values() for line in _losses(one)]
     warnings: dict[str, list[str]] = {}
     for name, values in scores.items():
         warnings.setdefault(score_interval(values).warning, []).append(benchmarks[name]["title"])
@@ -92,6 +94,22 @@ def _counted_score(benchmark: dict[str, Any], scores: np.ndarray, k: int | None)
         return float(scores.mean())
     m = benchmark["num_samples"]
     return float(pass_at_k(m, np.array(benchmark["num_correct"]), min(k, m)).mean())
+
+
+def _losses(benchmark: dict[str, Any]) -> list[str]:
+    """What counts as wrong for other reasons than an answer, or was asked without its beginning."""
+    title, num_answers = benchmark["title"], benchmark["num_samples"] * len(benchmark["num_correct"])
+    found = []
+    for status in UNGRADED:
+        if count := sum(benchmark.get(f"num_{status}", ())):
+            found.append(
+                f"{title}: {count} of {num_answers} answers {status.replace('_', ' ')} and count as wrong."
+            )
+    if num_cut := sum(map(bool, benchmark.get("num_cut", ()))):
+        found.append(
+            f"{title}: {num_cut} of {len(benchmark['num_cut'])} prompts lost their beginning, for want of positions in the model."
+        )
+    return found
 
 
 def _list(names: Sequence[str]) -> str:
