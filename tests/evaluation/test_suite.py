@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from tests.small_study import Killed, command, crash_on_call, environment, last_checkpoint
 
+from rlprior import runs
 from rlprior.cli import main
 from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation import suite as suite_module
 from rlprior.evaluation.benchmarks.suites import BENCHMARKS
 from rlprior.evaluation.comparison import Metric, compare_evaluations, read_evaluation
 from rlprior.evaluation.suite_table import describe_results
+from rlprior.tasks import verifier as verifier_module
 
 QUESTIONS = [("How many are 2 and 3?", 5), ("How many are 4 and 4?", 8), ("How many are 6 and 1?", 7)]
 
@@ -161,6 +163,27 @@ def test_a_corrected_gold_answer_counts(model: Path, data_dir: Path, tmp_path: P
     (out / "result.json").unlink()  # killed before its end
     assert evaluate(model, out, corrected, *options) == 0
     assert results_of(out)["benchmarks"]["openbookqa"]["num_correct"] == [1 - one for one in before]
+
+
+def test_a_changed_grader_grades_anew_and_draws_nothing(
+    model: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, grades = tmp_path / "out", tmp_path / "out" / "samples" / "gsm8k.grades.jsonl"
+    assert evaluate(model, out, data_dir) == 0
+    samples, before = (out / "samples" / "gsm8k.jsonl").read_bytes(), grades.read_text().splitlines()
+    original = runs.code_fingerprint
+
+    def changed(packages: Sequence[str]) -> str:
+        return original(packages) + "+" * any(name.startswith("rlprior.tasks") for name in packages)
+
+    for module in (runs, suite_module, verifier_module):
+        monkeypatch.setattr(module, "code_fingerprint", changed)
+    monkeypatch.setattr(answers_module, "sample", None)
+    assert evaluate(model, out, data_dir) == 0
+    assert (out / "samples" / "gsm8k.jsonl").read_bytes() == samples
+    after = grades.read_text().splitlines()
+    assert after[0] != before[0]  # which names the grader
+    assert after[1:] == before[1:]
 
 
 @pytest.mark.slow

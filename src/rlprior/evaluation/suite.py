@@ -23,18 +23,22 @@ from rlprior.evaluation.benchmarks.suites import BENCHMARKS, SUITES, Entry
 from rlprior.evaluation.choices import score_choices
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.models.sampler import Decoding
-from rlprior.runs import Run, write_json
+from rlprior.runs import Run, code_fingerprint, write_json
 from rlprior.tasks.problem import Problem
 from rlprior.training.engine import Precision
 from rlprior.world import ALONE
 
 CODE = (
-    "rlprior.evaluation",
-    "rlprior.tasks",
-    "rlprior.samples",
+    "rlprior.evaluation.answers",
+    "rlprior.evaluation.choices",
+    "rlprior.data.tokenizer",
     "rlprior.models",
+    "rlprior.objectives",
     "rlprior.seeding",
 )
+"""What decides what is drawn and how probable it is; prompts and limits are kept with it, and checked."""
+COUNTING_CODE = ("rlprior.evaluation", "rlprior.tasks", "rlprior.samples")
+"""What decides what it counts as: where that changes, what there is is counted anew."""
 SEED = 0
 """Questions and sampling are the same for every model."""
 
@@ -130,8 +134,9 @@ class _Asked:
 
 
 def is_answered(directory: Path, request: Request) -> bool:
-    """Whether the finished run in `directory` holds just what is asked."""
-    return json.loads((directory / "result.json").read_text())["request"] == encode(request)
+    """Whether the finished run in `directory` holds just what is asked, counted as it is now."""
+    result = json.loads((directory / "result.json").read_text())
+    return result["request"] == encode(request) and result.get("code") == code_fingerprint(COUNTING_CODE)
 
 
 def run(config: SuiteRunConfig, run: Run) -> Path:
@@ -167,7 +172,8 @@ def run(config: SuiteRunConfig, run: Run) -> Path:
         "benchmarks": benchmarks,
     }
     write_json(path, results)
-    run.finish({"request": encode(config.request), "num_benchmarks": len(benchmarks)})
+    code = code_fingerprint(COUNTING_CODE)
+    run.finish({"request": encode(config.request), "code": code, "num_benchmarks": len(benchmarks)})
     return path
 
 
