@@ -325,6 +325,22 @@ def test_what_was_asked_lies_beside_the_samples(
     ]
 
 
+def test_a_corrected_gold_answer_lies_beside_the_samples(
+    policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.jsonl"
+    answer(policy, problems, path)
+    samples = path.read_bytes()
+    corrected = [dataclasses.replace(problem, answer="-1") for problem in problems[:2]]
+    answer(policy, corrected, path)
+    assert [one["answer"] for one in read_jsonl(questions_of(path))] == [
+        "-1",
+        "-1",
+        *(problem.answer for problem in problems[2:]),
+    ]
+    assert path.read_bytes() == samples
+
+
 def test_a_problem_that_was_asked_in_other_words_is_refused(
     policy: tuple[Any, Any], problems: list[Problem], tmp_path: Path
 ) -> None:

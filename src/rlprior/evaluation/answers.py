@@ -200,29 +200,26 @@ def _draw(
 
 
 def write_questions(path: Path, problems: Sequence[Problem]) -> None:
-    """Add what is asked to what was, a line each, for whoever reads the samples without the task's files.
+    """Add what is asked to what was, a line each, for whoever reads the samples without the task's files; a gold answer may change.
 
     Raises:
         RunError: a problem was asked in other words before: its samples answer another prompt.
     """
-    records = {record["id"]: record for record in read_jsonl(path)}
-    num_before = len(records)
+    before = {record["id"]: record for record in read_jsonl(path)}
+    records = dict(before)
     for problem in problems:
-        known = records.setdefault(
-            problem.id,
-            {
-                "id": problem.id,
-                "prompt": problem.prompt,
-                "answer": problem.written_answer or problem.answer,
-                "choices": problem.choices,
-                "group": problem.group,
-            },
-        )
-        if known["prompt"] != problem.prompt:
+        if problem.id in before and before[problem.id]["prompt"] != problem.prompt:
             raise RunError(
                 f"{path}: problem {problem.id} was asked with another prompt; use another directory"
             )
-    if len(records) > num_before:
+        records[problem.id] = {
+            "id": problem.id,
+            "prompt": problem.prompt,
+            "answer": problem.written_answer or problem.answer,
+            "choices": list(problem.choices),
+            "group": problem.group,
+        }
+    if records != before:
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records.values()))
 
 
