@@ -223,6 +223,15 @@ def test_what_is_missing_is_told_before_anything_is_asked(
     assert "--skip-missing" in message
 
 
+def test_a_limit_without_room_for_prompts_is_told_before_anything_is_asked(
+    model: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(model, out, data_dir, "--max_new_tokens=4096") == 1
+    assert "max_new_tokens = 4096 leaves no room for a prompt" in capsys.readouterr().err
+    assert not (out / "choices").exists()  # of the benchmark that comes first and needs no room
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -70,7 +70,8 @@ def answer_problems(
     store = SampleStore.open(path, key)
     write_questions(questions_of(path), problems)
     by_id = {problem.id: problem for problem in problems}
-    encoded = {problem.id: _encode_end(model, tokenizer, problem, decoding) for problem in problems}
+    room = prompt_room(model, decoding)
+    encoded = {problem.id: _encode_end(tokenizer, problem, room) for problem in problems}
     prompts = {problem_id: ids for problem_id, (ids, _) in encoded.items()}
     missing = _missing_indices(store, list(by_id), samples_per_problem)
     progress(len(by_id) * samples_per_problem - sum(map(len, missing.values())))
@@ -99,24 +100,30 @@ def answer_problems(
     return {**_columns(pools, grades, samples_per_problem), "num_cut": is_cut}
 
 
-def _encode_end(model: Any, tokenizer: Any, problem: Problem, decoding: Decoding) -> tuple[list[int], bool]:
-    """Token ids of a prompt, and whether the whole leaves no room for a response in the model's positions: then the first and the end.
+def prompt_room(model: Any, decoding: Decoding) -> int | None:
+    """Positions of the model that a response leaves for its prompt; None where it has no last position.
 
     Raises:
-        RunError: a response alone has no room.
+        RunError: there are not two.
     """
-    ids = encode_prompt(tokenizer, problem.prompt)
     max_positions = getattr(model.config, "max_position_embeddings", None)
     if max_positions is None:
-        return ids, False
+        return None
     room = max_positions - decoding.max_new_tokens
     if room < 2:
         raise RunError(
             f"max_new_tokens = {decoding.max_new_tokens} leaves no room for a prompt in the model's {max_positions} "
             "positions; write a smaller one"
         )
-    is_cut = len(ids) > room
-    return ([ids[0], *ids[1 - room :]] if is_cut else ids), is_cut
+    return room
+
+
+def _encode_end(tokenizer: Any, problem: Problem, room: int | None) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether there is no room for them all: then the first and the end."""
+    ids = encode_prompt(tokenizer, problem.prompt)
+    if room is None or len(ids) <= room:
+        return ids, False
+    return [ids[0], *ids[1 - room :]], True
 
 
 def _missing_indices(store: SampleStore, problem_ids: Sequence[str], m: int) -> dict[str, tuple[int, ...]]:

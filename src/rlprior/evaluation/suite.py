@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlprior.config import HOW, RunError, UsageError, encode, fingerprint
-from rlprior.evaluation.answers import answer_problems
+from rlprior.evaluation.answers import answer_problems, prompt_room
 from rlprior.evaluation.benchmarks.benchmark import Benchmark, load_benchmark
 from rlprior.evaluation.benchmarks.graders import open_grader
 from rlprior.evaluation.benchmarks.suites import BENCHMARKS, SUITES, Entry
@@ -152,6 +152,9 @@ def run(config: SuiteRunConfig, run: Run) -> Path:
     asked, missing = _gather(config)  # before the model is read: what is not there is told at once
     folder = Path(config.target)
     model, tokenizer = _load(folder, config.precision), load_tokenizer(folder)
+    for one in asked:  # hours of other benchmarks would come first
+        if one.benchmark.metric == "sampled":
+            prompt_room(model, config.decoding(one.entry))
     progress = _Progress(run, sum(one.num_units(config.request.samples_per_question) for one in asked))
     benchmarks: dict[str, Any] = {}
     for one in asked:
