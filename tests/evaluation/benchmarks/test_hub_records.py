@@ -11,7 +11,8 @@ from tests.evaluation.benchmarks.records import HUB
 
 from rlprior.config import RunError, UsageError
 from rlprior.evaluation.benchmarks.benchmark import Benchmark, load_benchmark
-from rlprior.evaluation.benchmarks.sources import Source
+from rlprior.evaluation.benchmarks.prompts import gold_letter
+from rlprior.evaluation.benchmarks.sources import Record, Source
 from rlprior.evaluation.benchmarks.suites import BENCHMARKS, SUITES
 from rlprior.tasks.problem import LETTERS, Problem
 
@@ -325,3 +326,13 @@ def test_a_broken_record_is_named_by_its_place(
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(error, match=f"{path}:1: .*{message}"):
         load(name, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "letter"),
+    [(1, "12", "A"), (2, "12", "B"), ("2", "12", "B"), (1, "01", "B"), (1, "AB", "B"), ("B", "AB", "B")],
+)
+def test_a_number_is_the_label_of_that_name_or_else_a_position(
+    value: int | str, labels: str, letter: str
+) -> None:
+    assert gold_letter(Record({"answer": value}, "here"), "answer", list(labels)) == letter

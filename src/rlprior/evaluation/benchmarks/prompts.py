@@ -44,14 +44,16 @@ def gold_letter(record: Record, name: str, labels: Sequence[str]) -> str:
 
     Args:
         record: with the field.
-        name: of the field: a label, or a position from 0 if it is a whole number.
+        name: of the field: a label, or a position from 0 if it is a whole number that is no label.
         labels: of the choices, in their order.
     """
     value = record[name]
+    if (
+        not isinstance(value, bool) and str(value).strip() in labels
+    ):  # WinoGrande's 1 and 2, stored as numbers
+        return LETTERS[list(labels).index(str(value).strip())]
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return LETTERS[value]
-    if isinstance(value, str) and value.strip() in labels:
-        return LETTERS[list(labels).index(value.strip())]
     raise record.wrong(name, f"one of {', '.join(labels)}, or a position from 0")
 
 
