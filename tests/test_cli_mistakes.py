@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: in
         ),
         (
             ["demo", "--rl.num_steps", "3"],
-            "'--rl.num_steps' is not an option of 'rlprior demo'; write --section.key=value",
+            "'--rl.num_steps' is not an option of 'rlprior demo'; write --rl.num_steps=value",
         ),
         (["demo", "--rl.num_stepz=3"], "unknown key 'rl.num_stepz'; did you mean 'num_steps'?"),
         (

@@ -138,8 +138,9 @@ def _interrupt() -> NoReturn:
 def _overrides(command: str, rest: Sequence[str]) -> list[str]:
     for item in rest:
         if not item.startswith("--") or "=" not in item:
+            setting = item.removeprefix("--").replace("-", "_") if item.startswith("--") else "section.key"
             raise UsageError(
-                f"{item!r} is not an option of 'rlprior {command}'; write --section.key=value for a setting, "
+                f"{item!r} is not an option of 'rlprior {command}'; write --{setting}=value for a setting, "
                 f"or see 'rlprior {command} --help'"
             )
     if rest and command in WITHOUT_SETTINGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,24 +64,33 @@ def add_arguments(parsers: dict[str, argparse.ArgumentParser]) -> None:
         add(parsers[name])
 
 
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--suite", metavar="NAME", help="benchmarks: paper-base, paper-rl, remit-base or remit-post"
+        "--suite",
+        metavar="NAME",
+        help="benchmarks: paper-base, paper-rl, remit-base, remit-post or remit-extra",
     )
     what.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="held-out text and tasks of your own instead"
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=at_least_one,
         metavar="M",
         help="answers drawn to each question of a suite (default: 128); asking for more later goes on with those there are",
     )
     parser.add_argument(
         "--max-questions",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="of each benchmark, at random, the same for every model (default: all)",
     )
@@ -193,6 +203,7 @@ def _evaluate_suite(known: argparse.Namespace, overrides: list[str]) -> int:
     from rlprior.config import apply_overrides, decode
     from rlprior.evaluation import suite
     from rlprior.evaluation.suite_table import write_table
+    from rlprior.models.causal_lm import require_model_folder
     from rlprior.runs import input_identity
     from rlprior.study.plan import plan_run
 
@@ -213,6 +224,9 @@ def _evaluate_suite(known: argparse.Namespace, overrides: list[str]) -> int:
     config = decode(
         suite.SuiteRunConfig, apply_overrides(settings, overrides), source=f"evaluate --suite {known.suite}"
     )
+    config = replace(config, precision=suite.resolve_precision(config.precision))
+    require_model_folder(known.model)
+    what = suite.describe_request(config)  # before a folder is claimed: what is missing is told at once
     label = f"evaluate {known.model.name} on {known.suite}"
     planned = plan_run(
         "suite",
@@ -221,8 +235,11 @@ def _evaluate_suite(known: argparse.Namespace, overrides: list[str]) -> int:
         directory=(known.out or Path("runs") / label.replace(" ", "-")).resolve(),
         inputs={"target": input_identity(known.model), "data_dir": ""},
     )
-    if planned.is_done and not suite.is_answered(planned.directory, config.request):
-        (planned.directory / "result.json").unlink()  # it is asked for more, or less
+    if planned.is_done and not suite.is_answered(planned.directory, config):
+        (
+            planned.directory / "result.json"
+        ).unlink()  # more is asked or less, or the data or the grading has changed
+    print(what)
     code = make_alone([planned], known)
     if not known.dry_run:
         print(write_table(planned.directory))

@@ -64,8 +64,8 @@ def read_hub(
         RunError: the data set cannot be reached or read.
     """
     try:
-        import datasets
-        import huggingface_hub
+        import datasets.config
+        import huggingface_hub.constants
     except ImportError:
         raise UsageError(
             "the hub needs the datasets package; install it with: pip install 'rlprior[hub]'"

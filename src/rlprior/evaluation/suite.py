@@ -7,6 +7,8 @@ OUT/results.json         counts, a question each, of every benchmark
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.models.sampler import Decoding
 from rlprior.runs import Run, code_fingerprint, write_json
 from rlprior.tasks.problem import Problem
+from rlprior.tasks.verifier import Verifier
 from rlprior.training.engine import Precision
 from rlprior.world import ALONE
 
@@ -113,7 +116,7 @@ class SuiteRunConfig:
             temperature=self.temperature,
             top_p=self.top_p,
             max_new_tokens=self.max_new_tokens or entry.max_new_tokens or benchmark.max_new_tokens,
-            stop=benchmark.stop,
+            stop=benchmark.stop if entry.stop is None else entry.stop,
         )
 
 
@@ -133,10 +136,45 @@ class _Asked:
         return len(self.problems) * (samples_per_question if self.benchmark.metric == "sampled" else 1)
 
 
-def is_answered(directory: Path, request: Request) -> bool:
-    """Whether the finished run in `directory` holds just what is asked, counted as it is now."""
+def is_answered(directory: Path, config: SuiteRunConfig) -> bool:
+    """Whether the finished run in `directory` holds just what is asked, of the data and counted as they are now."""
     result = json.loads((directory / "result.json").read_text())
-    return result["request"] == encode(request) and result.get("code") == code_fingerprint(COUNTING_CODE)
+    return result.get("asked") == _fingerprint_asked(config)
+
+
+def _fingerprint_asked(config: SuiteRunConfig) -> str:
+    """Changes with how much is asked, with the data, and with the code that counts."""
+    asked, missing = _gather(config)
+    problems = [
+        [
+            name,
+            problem.id,
+            problem.prompt,
+            problem.answer,
+            problem.written_answer,
+            problem.choices,
+            problem.reference,
+        ]
+        for name, one in ((one.entry.benchmark, one) for one in asked)
+        for problem in one.problems
+    ]
+    return fingerprint([encode(config.request), code_fingerprint(COUNTING_CODE), sorted(missing), problems])
+
+
+def describe_request(config: SuiteRunConfig) -> str:
+    """What there is to ask, a line.
+
+    Raises:
+        UsageError: a benchmark's data is not there, with the path or command that gives it.
+    """
+    _gather.cache_clear()  # files may have changed since
+    asked, missing = _gather(config)
+    num_answers = sum(one.num_units(config.request.samples_per_question) for one in asked)
+    left_out = ", ".join(BENCHMARKS[name].title for name in missing)
+    return (
+        f"{len(asked)} benchmarks, {sum(len(one.problems) for one in asked):,} questions, {num_answers:,} answers to draw or score"
+        + (f"; left out for want of data: {left_out}" if missing else "")
+    )
 
 
 def run(config: SuiteRunConfig, run: Run) -> Path:
@@ -155,6 +193,8 @@ def run(config: SuiteRunConfig, run: Run) -> Path:
     for one in asked:  # hours of other benchmarks would come first
         if one.benchmark.metric == "sampled":
             prompt_room(model, config.decoding(one.entry))
+            with _open_grader(config, one.benchmark):
+                pass
     progress = _Progress(run, sum(one.num_units(config.request.samples_per_question) for one in asked))
     benchmarks: dict[str, Any] = {}
     for one in asked:
@@ -170,16 +210,17 @@ def run(config: SuiteRunConfig, run: Run) -> Path:
             "temperature": config.temperature,
             "top_p": config.top_p,
             "max_new_tokens": config.max_new_tokens,
+            "precision": config.precision,
         },
         "missing": missing,
         "benchmarks": benchmarks,
     }
     write_json(path, results)
-    code = code_fingerprint(COUNTING_CODE)
-    run.finish({"request": encode(config.request), "code": code, "num_benchmarks": len(benchmarks)})
+    run.finish({"asked": _fingerprint_asked(config), "num_benchmarks": len(benchmarks)})
     return path
 
 
+@functools.lru_cache(maxsize=1)
 def _gather(config: SuiteRunConfig) -> tuple[list[_Asked], dict[str, str]]:
     """The benchmarks asked for, and why others are left out."""
     data_dir = Path(config.data_dir) if config.data_dir else None
@@ -210,8 +251,14 @@ def _gather(config: SuiteRunConfig) -> tuple[list[_Asked], dict[str, str]]:
     return asked, missing
 
 
+def resolve_precision(precision: Precision) -> Precision:
+    """What 'auto' is here: a run that goes on elsewhere must not mix the two."""
+    on_gpu = ALONE.device_type == "cuda"
+    return ("bfloat16" if on_gpu else "float32") if precision == "auto" else precision
+
+
 def _load(folder: Path, precision: Precision) -> Any:
-    is_half = precision == "bfloat16" or (precision == "auto" and ALONE.device_type == "cuda")
+    is_half = resolve_precision(precision) == "bfloat16"
     model: Any = load_model(folder)
     return model.to(ALONE.device, torch.bfloat16 if is_half else torch.float32)
 
@@ -251,7 +298,7 @@ def _measure(
     task = f"{benchmark.name} {benchmark.version}, {one.entry.num_shots} shots"
     if benchmark.metric == "likelihood":
         return {"num_samples": 1, **_score(run, one, task, identity, model, tokenizer, progress)}
-    with open_grader(benchmark, num_workers=config.num_workers, unsafe_exec=config.unsafe_exec) as verifier:
+    with _open_grader(config, benchmark) as verifier:
         columns = answer_problems(
             model,
             tokenizer,
@@ -270,6 +317,10 @@ def _measure(
     # the benchmark's own limit where none was asked for: two suites may differ in it
     limit = config.decoding(one.entry).max_new_tokens
     return {"num_samples": config.request.samples_per_question, "max_new_tokens": limit, **columns}
+
+
+def _open_grader(config: SuiteRunConfig, benchmark: Benchmark) -> contextlib.AbstractContextManager[Verifier]:
+    return open_grader(benchmark, num_workers=config.num_workers, unsafe_exec=config.unsafe_exec)
 
 
 def _score(

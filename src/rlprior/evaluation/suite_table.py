@@ -56,19 +56,24 @@ def describe_results(results: dict[str, Any]) -> str:
     ]
     counted = {entry.benchmark: entry.pass_k for entry in suite.entries}
     means = {name: _counted_score(one, scores[name], counted[name]) for name, one in benchmarks.items()}
-    for title, average in category_averages(means, suite).items():
-        value = (
-            f"none without {_list(average.missing)}"
-            if average.value is None
-            else f"{100 * average.value:.2f}"
-        )
-        lines.append(f"- {title}: {value}")
+    averages = category_averages(means, suite)
+    if all(average.value is None for average in averages.values()):
+        lines.append("- No average: each needs benchmarks of the suite that are not here.")
+    else:
+        for title, average in averages.items():
+            value = (
+                f"none without {_list(average.missing)}"
+                if average.value is None
+                else f"{100 * average.value:.2f}"
+            )
+            lines.append(f"- {title}: {value}")
     lines += [
         "",
         f"Sampled at temperature {decoding['temperature']:g} and top-p {decoding['top_p']:g}; accuracy is Avg@m, in percent, or that of the likeliest choice; "
-        "in brackets its 95% interval over questions like these; Pass@k and Cons@m are of the samples; cut: at the length limit.",
+        "in brackets its 95% interval over questions like these; Pass@k and Cons@m are of the samples; cut: at the length limit; no answer: of those that ended.",
     ]
-    for k in sorted({k for name in benchmarks if (k := counted[name])}):
+    has_average = any(average.value is not None for average in averages.values())
+    for k in sorted({k for name in benchmarks if has_average and (k := counted[name])}):
         titles = [one["title"] for name, one in benchmarks.items() if counted[name] == k]
         fewest = min(one["num_samples"] for name, one in benchmarks.items() if counted[name] == k)
         want = (

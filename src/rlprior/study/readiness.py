@@ -218,7 +218,7 @@ def _larger_groups(one: TaskReadiness) -> str:
     shares = ", ".join(f"{percent(value.value)} at {size}" for size, value in one.signal.items())
     enough = next((size for size, value in one.signal.items() if value.value >= MIN_SIGNAL), None)
     if enough is None:
-        return f"larger groups would not help: groups with a gradient are {shares}"
+        return f"no group size that {one.num_samples} samples can tell of would reach {MIN_SIGNAL:.0%}: with a gradient are {shares}"
     return f"groups of {enough} would reach {MIN_SIGNAL:.0%}: with a gradient are {shares}"
 
 

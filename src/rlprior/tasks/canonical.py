@@ -21,7 +21,7 @@ _MIXED = re.compile(
 )
 # "72 clips" states 72; "5 or 7", "3 and a half", "2 million" and "5 squared" do not state their first number.
 _NOT_UNITS = re.compile(
-    r"\b(?:or|and|to|plus|minus|times|over|below|negative|not|squared|cubed|factorial|tens|half|halves|thirds?|[ap]\.?m"
+    r"\b(?:or|and|to|plus|minus|times|over|below|negative|not|out|under|gross|score|lakhs?|crores?|squared|cubed|factorial|tens|half|halves|thirds?|[ap]\.?m"
     r"|(?:dozen|hundred|thousand|[mbtr]+illion)(?:th)?s?|(?:quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?)\b",
     re.IGNORECASE,
 )

@@ -55,12 +55,14 @@ class Entry:
         num_shots: worked examples before each question.
         max_new_tokens: limit of a sampled answer; None for the benchmark's own.
         pass_k: what the paper's averages count is Pass@k; None for accuracy.
+        stop: strings that end a sampled answer; None for the benchmark's own.
     """
 
     benchmark: str
     num_shots: int
     max_new_tokens: int | None = None
     pass_k: int | None = None
+    stop: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,8 @@ SUITES: dict[str, Suite] = {
             name="remit-post",
             title="Post-trained models, 10 benchmarks, no examples",
             entries=tuple(
-                Entry(name, 0)
+                # a fenced block with a function holds what would end a base model's continuation
+                Entry(name, 0, stop=() if name.startswith("humaneval") else None)
                 for name in (
                     "gsm8k",
                     "math",
