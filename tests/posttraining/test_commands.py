@@ -25,6 +25,7 @@ from tests.test_kill import TIMEOUT_SECONDS, kill_several_times, num_records, st
 
 from rlprior.cli import main
 from rlprior.config import decode
+from rlprior.evaluation.pools import find_stores
 from rlprior.models.causal_lm import load_tokenizer
 from rlprior.posttraining.dpo import DPORunConfig
 from rlprior.posttraining.sft import SFTRunConfig
@@ -91,7 +92,7 @@ def test_each_result_is_the_start_of_another_stage(
     config = write_toml(tmp_path / "evaluate.toml", evaluation)
     assert main(["evaluate", str(aligned), "--config", str(config), "--out", "scores"]) == 0
     # an evaluation's own store has the form that --samples takes: here no answer in it is right
-    (scores,) = (path for path in (tmp_path / "scores" / "samples").iterdir() if "grades" not in path.name)
+    (scores,) = find_stores(tmp_path / "scores")
     capsys.readouterr()
     again = ["dpo", str(dpo_file(tmp_path, split="test")), "--init-from", str(aligned), "--out", "again"]
     assert main([*again, "--samples", str(scores)]) == 1
@@ -187,7 +188,8 @@ def long_runs(
     return [*common, "--out", directory / "whole"], [*common, "--out", directory / "stopped"]
 
 
-@pytest.mark.parametrize("name", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_a_terminated_run_saves_says_how_to_go_on_and_ends_with_0(
     tmp_path: Path, trained: Path, name: str
 ) -> None:

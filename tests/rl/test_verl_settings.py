@@ -119,7 +119,7 @@ def test_every_setting_has_a_counterpart_or_is_refused() -> None:
     settings |= {f"rl.rollout.{option.name}" for option in dataclasses.fields(RolloutConfig)}
     assert known == (settings | {"seed"}) - REFUSED
     # and so has a field of a problem that graders may read: the reward knows answer and choices (`written_answer` is for verifiers that
-    # are refused)
+    # are refused, `group` is for tables, and `reference` for benchmarks, which are no tasks of reinforcement learning)
     assert {option.name for option in dataclasses.fields(Problem)} == {
         "id",
         "task",
@@ -129,6 +129,8 @@ def test_every_setting_has_a_counterpart_or_is_refused() -> None:
         "answer",
         "choices",
         "written_answer",
+        "group",
+        "reference",
     }
 
 

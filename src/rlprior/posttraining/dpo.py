@@ -29,6 +29,7 @@ CODE = (
     "rlprior.posttraining",
     "rlprior.data.tokenizer",
     "rlprior.evaluation.answers",
+    "rlprior.evaluation.pools",
     "rlprior.tasks",
     "rlprior.samples",
     "rlprior.objectives",
