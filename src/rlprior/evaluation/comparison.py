@@ -26,7 +26,7 @@ from rlprior.samples.intervals import (
 
 FloatArray = npt.NDArray[np.float64]
 
-SETTINGS = ("temperature", "top_p", "max_new_tokens", "metric", "num_shots", "version")
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "precision", "metric", "num_shots", "version", "grader")
 """What has to agree for a difference to be the models' alone."""
 
 

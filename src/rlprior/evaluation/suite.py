@@ -299,7 +299,7 @@ def _measure(
     if benchmark.metric == "likelihood":
         return {"num_samples": 1, **_score(run, one, task, identity, model, tokenizer, progress)}
     with _open_grader(config, benchmark) as verifier:
-        columns = answer_problems(
+        columns: dict[str, Any] = answer_problems(
             model,
             tokenizer,
             one.problems,
@@ -312,6 +312,7 @@ def _measure(
             progress=progress,
             verifier=verifier,
         )
+        columns["grader"] = verifier.version
     if benchmark.grading in ("code", "instructions"):  # nothing that could be voted on
         columns["consensus"] = []
     # the benchmark's own limit where none was asked for: two suites may differ in it
