@@ -204,7 +204,8 @@ def test_programs_run_beside_each_other_and_come_back_in_order() -> None:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 from rlprior.evaluation.code.sandbox import Request, Sandbox
 program = "import time\\ndef attack():\\n    time.sleep(3600)\\n"
 request = Request(sources=(("", program),), entry_point="attack", inputs=[[]], max_cpu_seconds=1000)
@@ -224,10 +225,13 @@ def test_programs_end_with_whoever_runs_them(number: signal.Signals, tmp_path: P
         env={**os.environ, "TMPDIR": str(tmp_path)},
     ) as parent:
         assert parent.stdout is not None
-        directory = Path(parent.stdout.readline().strip())
-        assert wait_until(lambda: len(running_in(directory)) == 2)
-        parent.send_signal(number)
-        assert wait_until(lambda: not running_in(directory))
+        try:
+            directory = Path(parent.stdout.readline().strip())
+            assert wait_until(lambda: len(running_in(directory)) == 2)
+            parent.send_signal(number)
+            assert wait_until(lambda: not running_in(directory))
+        finally:
+            parent.kill()
     assert directory.parent == tmp_path
     assert directory.exists() == (number is signal.SIGKILL)
 
