@@ -228,7 +228,7 @@ def test_a_signal_stops_a_study_in_one_line(tmp_path: Path, number: int, whom: s
     wait_until(lambda: not living_processes(process.pid))
 
 
-@pytest.mark.parametrize("stage", ["train", "rl"])
+@pytest.mark.parametrize("stage", ["train", pytest.param("rl", marks=pytest.mark.slow)])
 def test_a_terminated_run_saves_says_how_to_go_on_and_ends_with_0(stage: str, tmp_path: Path) -> None:
     if stage == "train":
         whole, stopped = train_command(tmp_path, num_steps=150)

@@ -61,6 +61,7 @@ def test_header_comes_first_and_names_the_key(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole = (fill(tmp_path / "whole.jsonl").path).read_bytes()
     killed = tmp_path / "killed.jsonl"

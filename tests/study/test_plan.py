@@ -181,6 +181,7 @@ def is_module(name: str) -> bool:
 TAKEN_IN_PART = {
     # where a checkpoint lies, and the name of its manifest
     "evaluate": {"rlprior.training.checkpoint"},
+    "readiness": {"rlprior.training.checkpoint"},
     # a constant and a type; the records that are read are kept with what was drawn, and compared
     "suite": {
         "rlprior.data.corpus",
