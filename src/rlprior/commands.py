@@ -133,7 +133,7 @@ def run_sft(known: argparse.Namespace, overrides: list[str]) -> int:
     from rlprior.posttraining.sft import SFTRunConfig
     from rlprior.runs import input_identity
     from rlprior.study.plan import plan_run, task_inputs
-    from rlprior.tasks.config import resolve_path
+    from rlprior.tasks.config import data_folder, resolve_path
 
     require_trl("sft")
     config = load_file(SFTRunConfig, known.file, known, overrides)
@@ -143,8 +143,7 @@ def run_sft(known: argparse.Namespace, overrides: list[str]) -> int:
         **task_inputs(config.data_dir, {"sft": config.sft.task} if config.sft.task else {}),
     }
     if config.sft.path:
-        data_dir = Path(config.data_dir) if config.data_dir else None
-        inputs["file"] = input_identity(resolve_path(config.sft.path, data_dir))
+        inputs["file"] = input_identity(resolve_path(config.sft.path, data_folder(config.data_dir)))
     run = plan_run("sft", config, label=f"sft {out.name}", directory=out, inputs=inputs)
     return make_alone([run], known)
 

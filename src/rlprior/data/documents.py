@@ -18,7 +18,7 @@ from rlprior.data.embedded import read_code, read_english
 from rlprior.data.megatron import megatron_files, read_megatron
 from rlprior.data.records import missing_field, read_hub, read_parquet
 from rlprior.data.tokenizer import decode_documents, load_tokenizer
-from rlprior.tasks.config import TaskConfig, load_task, resolve_path
+from rlprior.tasks.config import TaskConfig, data_folder, load_task, resolve_path
 from rlprior.tasks.files import check_text, read_json_lines
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.synthetic import Split, generate_problems
@@ -182,13 +182,13 @@ def _check_vocabulary(token_ids: np.ndarray, vocab_size: int, where: str) -> Non
 
 
 def _file_problems(task: TaskConfig, config: DataConfig) -> list[Problem]:
-    data_dir = Path(config.data_dir) if config.data_dir else None
+    data_dir = data_folder(config.data_dir)
     return load_task(task, split="train", num_problems=None, seed=config.seed, data_dir=data_dir)
 
 
 def config_path(path: str, config: DataConfig) -> Path:
     """A path of the config, which may be relative to its data directory."""
-    return resolve_path(path, Path(config.data_dir) if config.data_dir else None)
+    return resolve_path(path, data_folder(config.data_dir))
 
 
 def source_files(source: SourceConfig, config: DataConfig) -> list[Path]:

@@ -29,7 +29,7 @@ from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.runs import Run, read_jsonl, write_json
 from rlprior.samples.grades import grades_of
 from rlprior.samples.store import Sample, read_samples
-from rlprior.tasks.config import TaskConfig, load_task
+from rlprior.tasks.config import TaskConfig, data_folder, load_task
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import open_verifier
 from rlprior.world import ALONE
@@ -101,12 +101,8 @@ def run(config: ReadinessRunConfig, run: Run) -> Path:
 def _problems(config: ReadinessRunConfig, task: TaskConfig) -> list[Problem]:
     num_problems = config.evaluation.final.num_problems
     return load_task(
-        task, split="test", num_problems=num_problems, seed=stage.SEED, data_dir=_data_dir(config)
+        task, split="test", num_problems=num_problems, seed=stage.SEED, data_dir=data_folder(config.data_dir)
     )
-
-
-def _data_dir(config: ReadinessRunConfig) -> Path | None:
-    return Path(config.data_dir) if config.data_dir else None
 
 
 class _Reader:
@@ -131,7 +127,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     evaluation, m = config.evaluation, config.evaluation.final.samples_per_problem
     path = run.directory / "samples" / f"{name}.jsonl"
-    with open_verifier(evaluation.tasks[name], _data_dir(config), merge_votes=True) as verifier:
+    with open_verifier(evaluation.tasks[name], data_folder(config.data_dir), merge_votes=True) as verifier:
         columns = answer_problems(
             read.model,
             read.tokenizer,

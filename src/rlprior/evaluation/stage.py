@@ -21,7 +21,7 @@ from rlprior.evaluation.likelihood import (
 from rlprior.evaluation.token_statistics import summarise_tokens
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.runs import Run, read_jsonl, write_atomically
-from rlprior.tasks.config import load_task
+from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.problem import UNGRADED, Problem
 from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import MANIFEST_FILE, checkpoint_directory
@@ -105,17 +105,13 @@ def _gather(config: EvaluationRunConfig) -> _Material:
             split="test",
             num_problems=evaluation.final.num_problems,
             seed=SEED,
-            data_dir=_data_dir(config),
+            data_dir=data_folder(config.data_dir),
         )
         for name, task in evaluation.tasks.items()
     }
     return _Material(
         documents, unigram_cross_entropy(corpus, evaluation.held_out_sources, documents), problems
     )
-
-
-def _data_dir(config: EvaluationRunConfig) -> Path | None:
-    return Path(config.data_dir) if config.data_dir else None
 
 
 def _share(material: _Material, budget: Budget) -> _Material:
@@ -177,7 +173,9 @@ def _measure(
     likelihood = {**tokens.by_document(), "unigram_cross_entropy_nats": material.unigram_nats}
     tasks: dict[str, Any] = {}
     for name, problems in material.problems.items():
-        with open_verifier(evaluation.tasks[name], _data_dir(config), merge_votes=True) as verifier:
+        with open_verifier(
+            evaluation.tasks[name], data_folder(config.data_dir), merge_votes=True
+        ) as verifier:
             columns = answer_problems(
                 model,
                 tokenizer,

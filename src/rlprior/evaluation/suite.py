@@ -26,6 +26,7 @@ from rlprior.evaluation.choices import score_choices
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.models.sampler import Decoding
 from rlprior.runs import Run, code_fingerprint, write_json
+from rlprior.tasks.config import data_folder
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import Verifier
 from rlprior.training.engine import Precision
@@ -223,7 +224,7 @@ def run(config: SuiteRunConfig, run: Run) -> Path:
 @functools.lru_cache(maxsize=1)
 def _gather(config: SuiteRunConfig) -> tuple[list[_Asked], dict[str, str]]:
     """The benchmarks asked for, and why others are left out."""
-    data_dir = Path(config.data_dir) if config.data_dir else None
+    data_dir = data_folder(config.data_dir)
     asked: list[_Asked] = []
     missing: dict[str, str] = {}
     for entry in SUITES[config.suite].entries:

@@ -21,7 +21,7 @@ from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.posttraining.config import DPOConfig
 from rlprior.posttraining.pairs import Pair, PairCounts, encode_pairs, make_pairs, read_graded, write_pairs
 from rlprior.runs import Run
-from rlprior.tasks.config import load_task
+from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import open_verifier
 
@@ -97,7 +97,7 @@ def _load_examples(config: DPORunConfig, run: Run) -> tuple[list[dict[str, list[
         split=dpo.split,
         num_problems=dpo.num_problems,
         seed=dpo.task_seed,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
+        data_dir=data_folder(config.data_dir),
     )
     path = Path(config.samples) if config.samples else draw_answers(config, run, tokenizer, problems)
     samples, grades = read_graded(path)
@@ -140,7 +140,7 @@ def draw_answers(config: DPORunConfig, run: Run, tokenizer: Any, problems: list[
         done += num_answers
         run.progress(done, total, unit="answers", note="drawing")
 
-    data_dir = Path(config.data_dir) if config.data_dir else None
+    data_dir = data_folder(config.data_dir)
     with open_verifier(dpo.task, data_dir) as verifier:
         answer_problems(
             model.to(run.world.device),

@@ -11,6 +11,7 @@ from rlprior.models.causal_lm import load_tokenizer
 from rlprior.posttraining.config import SFTConfig
 from rlprior.posttraining.examples import encode_examples, load_completions
 from rlprior.runs import Run
+from rlprior.tasks.config import data_folder
 
 CODE = (
     "rlprior.posttraining",
@@ -54,7 +55,7 @@ def run(config: SFTRunConfig, run: Run) -> Path:
     from rlprior.posttraining.trainer import train
 
     sft, start = config.sft, Path(config.init_from)
-    data_dir = Path(config.data_dir) if config.data_dir else None
+    data_dir = data_folder(config.data_dir)
     completions = load_completions(sft, seed=config.seed, data_dir=data_dir)
     examples, num_too_long = encode_examples(load_tokenizer(start), completions, max_tokens=sft.max_tokens)
     return train(

@@ -30,7 +30,7 @@ from rlprior.rl.verl_settings import (
     phases_of,
     verl_options,
 )
-from rlprior.tasks.config import load_task
+from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.files import load_problems
 from rlprior.tasks.problem import Problem
 
@@ -122,7 +122,7 @@ def _new_folder(directory: Path) -> Iterator[Path]:
 def _problems(config: RLRunConfig, held_out: HeldOut) -> tuple[list[Problem], list[Problem]]:
     if held_out.num_problems < 1:
         raise UsageError(f"{held_out.num_problems} validation problems: verl needs at least 1")
-    task, data_dir = config.rl.task, Path(config.data_dir) if config.data_dir else None
+    task, data_dir = config.rl.task, data_folder(config.data_dir)
     training = load_task(
         task, split="train", num_problems=config.rl.num_problems, seed=config.seed, data_dir=data_dir
     )

@@ -13,7 +13,7 @@ from rlprior.rl.engines import open_engine
 from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
 from rlprior.rl.update import PolicyLogProbs, policy_update
 from rlprior.runs import Run, RunStopped, catch_termination
-from rlprior.tasks.config import load_task
+from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import (
     CheckpointSaver,
@@ -111,7 +111,10 @@ def run(config: RLRunConfig, run: Run) -> Path:
         peak_learning_rate=rl.learning_rate, final_learning_rate=0.0, warmup_steps=rl.warmup_steps
     )
     last = policy
-    with catch_termination() as is_asked_to_stop, open_verifier(rl.task, _data_dir(config)) as verifier:
+    with (
+        catch_termination() as is_asked_to_stop,
+        open_verifier(rl.task, data_folder(config.data_dir)) as verifier,
+    ):
         for step in range(first_step, rl.num_steps + 1):
             clock = time.perf_counter()
             rollout = collect_rollout(
@@ -181,9 +184,5 @@ def _training_problems(config: RLRunConfig) -> Any:
         split="train",
         num_problems=config.rl.num_problems,
         seed=config.seed,
-        data_dir=_data_dir(config),
+        data_dir=data_folder(config.data_dir),
     )
-
-
-def _data_dir(config: RLRunConfig) -> Path | None:
-    return Path(config.data_dir) if config.data_dir else None

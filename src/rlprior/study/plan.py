@@ -19,7 +19,7 @@ from rlprior.rl.config import RLConfig
 from rlprior.rl.engines import check_engine
 from rlprior.runs import RunIdentity, identify, input_identity
 from rlprior.study.config import StudyConfig
-from rlprior.tasks.config import TaskConfig
+from rlprior.tasks.config import TaskConfig, data_folder
 from rlprior.training import checkpoint, language_model
 from rlprior.training.language_model import TrainingConfig
 
@@ -224,7 +224,7 @@ def task_inputs(data_dir: str | None, tasks: Mapping[str, TaskConfig]) -> dict[s
     Raises:
         UsageError: a file is not there, or what a task's verifier needs.
     """
-    root = Path(data_dir) if data_dir else None
+    root = data_folder(data_dir)
     for task in tasks.values():
         task.check_verifier(root)
     files = {

@@ -114,6 +114,11 @@ def load_task(
     )
 
 
+def data_folder(data_dir: str | None) -> Path | None:
+    """The data directory as a config writes it: a path, or None for the working directory."""
+    return Path(data_dir) if data_dir else None
+
+
 def resolve_path(path: str, data_dir: Path | None) -> Path:
     """`path` below `data_dir`, unless it is absolute or there is no data directory."""
     expanded = Path(path).expanduser()
