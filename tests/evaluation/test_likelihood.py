@@ -22,7 +22,6 @@ from rlprior.evaluation.likelihood import (
     HeldOutDocument,
     held_out_documents,
     measure_kl,
-    measure_likelihood,
     measure_tokens,
     unigram_cross_entropy,
 )
@@ -79,9 +78,9 @@ def one_document(model: Any, document: HeldOutDocument, window_tokens: int) -> d
 def test_sums_equal_one_pass_a_document(
     model: Any, documents: list[HeldOutDocument], window_tokens: int, batch_tokens: int
 ) -> None:
-    measured = measure_likelihood(
+    measured = measure_tokens(
         model, documents, window_tokens=window_tokens, top_k=TOP_K, batch_tokens=batch_tokens
-    )
+    ).by_document()
     assert measured["document_ids"] == [document.id for document in documents]
     assert measured["num_bytes"] == [document.num_bytes for document in documents]
     for number, document in enumerate(documents):
@@ -92,16 +91,16 @@ def test_sums_equal_one_pass_a_document(
 
 def test_progress_counts_every_window(model: Any, documents: list[HeldOutDocument]) -> None:
     counts: list[int] = []
-    measure_likelihood(
+    measure_tokens(
         model, documents, window_tokens=16, top_k=TOP_K, batch_tokens=40, progress=counts.append
-    )
+    ).by_document()
     assert sum(counts) == sum(math.ceil((len(document.token_ids) - 1) / 16) for document in documents)
     assert len(counts) > 1
 
 
 def test_the_mode_of_the_model_is_put_back(model: Any, documents: list[HeldOutDocument]) -> None:
     model.train()
-    measure_likelihood(model, documents[:1], window_tokens=16, top_k=TOP_K)
+    measure_tokens(model, documents[:1], window_tokens=16, top_k=TOP_K).by_document()
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -111,7 +110,7 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary(model: Any
     with torch.no_grad():
         uniform.get_output_embeddings().weight.zero_()
     documents = held_out_documents(corpus, ["sums"], 200)
-    measured = measure_likelihood(uniform, documents, window_tokens=16, top_k=TOP_K)
+    measured = measure_tokens(uniform, documents, window_tokens=16, top_k=TOP_K).by_document()
     num_tokens = sum(measured["num_tokens"])
     for name in ("cross_entropy_nats", "entropy_nats"):
         assert sum(measured[name]) / num_tokens == pytest.approx(math.log(300), rel=1e-6)

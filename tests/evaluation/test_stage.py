@@ -14,7 +14,7 @@ from tests.small_study import Killed, crash_on_call, find_run, make_run, study_c
 from rlprior.data.packing import Corpus
 from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation import stage
-from rlprior.evaluation.likelihood import held_out_documents, measure_likelihood, unigram_cross_entropy
+from rlprior.evaluation.likelihood import held_out_documents, measure_tokens, unigram_cross_entropy
 from rlprior.evaluation.stage import describe_results
 from rlprior.models.causal_lm import load_model
 from rlprior.runs import read_jsonl
@@ -72,7 +72,7 @@ def test_a_record_is_of_its_own_checkpoint(
     for record in records:
         model = load_model(checkpoint_directory(run.directory, record["step"]))
         few = documents[: len(record["likelihood"]["document_ids"])]
-        expected = measure_likelihood(model, few, window_tokens=128, top_k=100)
+        expected = measure_tokens(model, few, window_tokens=128, top_k=100).by_document()
         expected["unigram_cross_entropy_nats"] = unigram_cross_entropy(corpus, ["sums", "stories"], few)
         assert record["likelihood"] == expected
     assert (

@@ -126,26 +126,6 @@ def held_out_documents(corpus: Corpus, sources: Sequence[str], max_tokens: int) 
     return documents
 
 
-def measure_likelihood(
-    model: Any,
-    documents: Sequence[HeldOutDocument],
-    *,
-    window_tokens: int,
-    top_k: int,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, list[Any]]:
-    """`measure_tokens`, summed over each document: the columns of `TokenMeasurements.by_document`."""
-    return measure_tokens(
-        model,
-        documents,
-        window_tokens=window_tokens,
-        top_k=top_k,
-        batch_tokens=batch_tokens,
-        progress=progress,
-    ).by_document()
-
-
 def measure_tokens(
     model: Any,
     documents: Sequence[HeldOutDocument],
