@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rlprior.config import HOW, RunError, UsageError, encode, fingerprint
+from rlprior.config import HOW, RunError, UsageError, fingerprint
 from rlprior.evaluation.answers import answer_problems, prompt_room
 from rlprior.evaluation.benchmarks.benchmark import Benchmark, load_benchmark
 from rlprior.evaluation.benchmarks.graders import open_grader
@@ -146,20 +146,8 @@ def is_answered(directory: Path, config: SuiteRunConfig) -> bool:
 def _fingerprint_asked(config: SuiteRunConfig) -> str:
     """Changes with how much is asked, with the data, and with the code that counts."""
     asked, missing = _gather(config)
-    problems = [
-        [
-            name,
-            problem.id,
-            problem.prompt,
-            problem.answer,
-            problem.written_answer,
-            problem.choices,
-            problem.reference,
-        ]
-        for name, one in ((one.entry.benchmark, one) for one in asked)
-        for problem in one.problems
-    ]
-    return fingerprint([encode(config.request), code_fingerprint(COUNTING_CODE), sorted(missing), problems])
+    problems = [[one.entry.benchmark, one.problems] for one in asked]
+    return fingerprint([config.request, code_fingerprint(COUNTING_CODE), sorted(missing), problems])
 
 
 def describe_request(config: SuiteRunConfig) -> str:
@@ -336,11 +324,7 @@ def _score(
 ) -> dict[str, Any]:
     """Log-likelihoods of choices, kept under what they belong to."""
     path = run.directory / "choices" / f"{one.benchmark.name}.json"
-    asked = [
-        [problem.id, problem.prompt, problem.choices, problem.reference, problem.answer]
-        for problem in one.problems
-    ]
-    key = fingerprint([task, identity, asked])
+    key = fingerprint([task, identity, one.problems])
     if path.exists():
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
