@@ -21,6 +21,7 @@ from rlprior.evaluation.pools import questions_of
 from rlprior.models.causal_lm import build_model, load_tokenizer
 from rlprior.models.sampler import Decoding, Response
 from rlprior.runs import read_jsonl
+from rlprior.samples.grades import grades_of
 from rlprior.tasks.config import TaskConfig, load_task
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import open_verifier
@@ -259,6 +260,7 @@ def test_more_samples_are_drawn_to_those_there_are(
     at_once, _ = answer(policy, problems, tmp_path / "at_once.jsonl", samples_per_problem=16)
     assert columns == at_once  # a sample is a function of its number, not of who was drawn beside it
     assert answer(policy, problems, path)[0]["num_tokens"] != columns["num_tokens"]  # four of sixteen
+    assert len(read_jsonl(grades_of(path))[1:]) == 4 * len(problems)  # not the sixteen's, cut in fours
     again, _ = answer(policy, problems, path, samples_per_problem=16)
     assert again == columns
 
