@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.small_study import run_cli, write_toml
 
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 

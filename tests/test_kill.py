@@ -28,7 +28,7 @@ from tests.small_study import (
 )
 
 from rlprior.cli import main
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.study.plan import PlannedRun, plan_study
 from rlprior.study.runner import execute
 from rlprior.training.checkpoint import checkpoint_directory, list_checkpoints

@@ -15,7 +15,9 @@ from tests.small_study import Killed, crash_on_call, run_cli, train_tables, writ
 
 from rlprior import tracking
 from rlprior.cli import main
-from rlprior.runs import Run, RunIdentity, read_jsonl
+from rlprior.runs.files import read_jsonl
+from rlprior.runs.folder import Run
+from rlprior.runs.identity import RunIdentity
 from rlprior.tracking import TRACKERS, TrackedRun, Trackers
 from rlprior.training import language_model
 from rlprior.world import World

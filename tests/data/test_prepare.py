@@ -23,7 +23,8 @@ from rlprior.data.corpus import Corpus
 from rlprior.data.packing import PackedMixture
 from rlprior.data.prepare import CODE, input_files, prepare
 from rlprior.data.tokenizer import load_tokenizer
-from rlprior.runs import Run, identify
+from rlprior.runs.folder import Run
+from rlprior.runs.identity import identify
 from rlprior.tasks.config import TaskConfig
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from rlprior.data.tokenizer import save_tokenizer, train_tokenizer
-from rlprior.evaluation.pools import Question, questions_of
 from rlprior.models.causal_lm import build_model, save_model
 from rlprior.models.presets import ModelConfig
-from rlprior.samples.grades import Grade, grades_of, write_grades
-from rlprior.samples.store import Sample, SampleStore, StoreKey
+from rlprior.sampling.grades import Grade, grades_of, write_grades
+from rlprior.sampling.pools import Question, questions_of
+from rlprior.sampling.store import Sample, SampleStore, StoreKey
 
 KEY = StoreKey(
     model_hash="m", task="sums-1", decoding={"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 8}, seed=0

@@ -17,15 +17,15 @@ from rlprior.cli import main
 from rlprior.config import RunError, UsageError
 from rlprior.data.tokenizer import train_tokenizer
 from rlprior.evaluation import harness
-from rlprior.evaluation.answers import questions_of, write_questions
-from rlprior.evaluation.benchmarks.benchmark import load_benchmark
-from rlprior.evaluation.benchmarks.suites import BENCHMARKS
 from rlprior.evaluation.choices import score_choices
 from rlprior.evaluation.crosscheck import Reason, crosscheck, describe_crosscheck
 from rlprior.evaluation.harness import TASK_FILES
 from rlprior.models.causal_lm import build_model
-from rlprior.samples.grades import Grade, grade, grades_of, write_grades
-from rlprior.samples.store import Sample, SampleStore, StoreKey
+from rlprior.sampling.answers import questions_of, write_questions
+from rlprior.sampling.grades import Grade, grade, grades_of, write_grades
+from rlprior.sampling.store import Sample, SampleStore, StoreKey
+from rlprior.tasks.benchmarks.benchmark import load_benchmark
+from rlprior.tasks.benchmarks.suites import BENCHMARKS
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import RULES
 

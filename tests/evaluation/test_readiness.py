@@ -13,15 +13,15 @@ import torch
 from tests.small_study import Killed, crash_on_call, find_run, study_config
 
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation.readiness import (
     RESPONSES_READ,
     ReadinessRunConfig,
     response_documents,
 )
 from rlprior.models.causal_lm import load_model, load_tokenizer
-from rlprior.runs import read_jsonl
-from rlprior.samples.store import read_samples
+from rlprior.runs.files import read_jsonl
+from rlprior.sampling import answers as answers_module
+from rlprior.sampling.store import read_samples
 from rlprior.study.plan import PlannedRun, plan_run, plan_study
 from rlprior.study.runner import execute
 from rlprior.tasks.config import load_task

@@ -12,12 +12,12 @@ import pytest
 from tests.small_study import Killed, crash_on_call, find_run, make_run, study_config
 
 from rlprior.data.packing import Corpus
-from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation import stage
-from rlprior.evaluation.likelihood import held_out_documents, measure_tokens, unigram_cross_entropy
 from rlprior.evaluation.stage import describe_results
 from rlprior.models.causal_lm import load_model
-from rlprior.runs import read_jsonl
+from rlprior.models.likelihood import held_out_documents, measure_tokens, unigram_cross_entropy
+from rlprior.runs.files import read_jsonl
+from rlprior.sampling import answers as answers_module
 from rlprior.study.plan import PlannedRun, plan_study
 from rlprior.study.results import load_study
 from rlprior.study.runner import execute, write_study_file

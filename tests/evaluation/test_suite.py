@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from tests.small_study import Killed, command, crash_on_call, environment, last_checkpoint
 
-from rlprior import runs
+from rlprior.runs import identity
 from rlprior.cli import main
-from rlprior.evaluation import answers as answers_module
 from rlprior.evaluation import suite as suite_module
-from rlprior.evaluation.benchmarks.suites import BENCHMARKS
-from rlprior.evaluation.comparison import Metric, compare_evaluations, read_evaluation
-from rlprior.evaluation.suite_table import describe_results
+from rlprior.evaluation.compare import Metric, compare_evaluations, read_evaluation
+from rlprior.reports.suite_table import describe_results
+from rlprior.sampling import answers as answers_module
 from rlprior.tasks import verifier as verifier_module
+from rlprior.tasks.benchmarks.suites import BENCHMARKS
 
 QUESTIONS = [("How many are 2 and 3?", 5), ("How many are 4 and 4?", 8), ("How many are 6 and 1?", 7)]
 
@@ -171,12 +171,12 @@ def test_a_changed_grader_grades_anew_and_draws_nothing(
     out, grades = tmp_path / "out", tmp_path / "out" / "samples" / "gsm8k.grades.jsonl"
     assert evaluate(model, out, data_dir) == 0
     samples, before = (out / "samples" / "gsm8k.jsonl").read_bytes(), grades.read_text().splitlines()
-    original = runs.code_fingerprint
+    original = identity.code_fingerprint
 
     def changed(packages: Sequence[str]) -> str:
         return original(packages) + "+" * any(name.startswith("rlprior.tasks") for name in packages)
 
-    for module in (runs, suite_module, verifier_module):
+    for module in (identity, suite_module, verifier_module):
         monkeypatch.setattr(module, "code_fingerprint", changed)
     monkeypatch.setattr(answers_module, "sample", None)
     assert evaluate(model, out, data_dir) == 0

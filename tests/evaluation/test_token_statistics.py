@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlprior.evaluation.likelihood import TokenMeasurements
 from rlprior.evaluation.token_statistics import (
     calibration_error,
     forking_threshold,
     share_above,
     summarise_tokens,
 )
+from rlprior.models.likelihood import TokenMeasurements
 
 TOP_K = 5
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.loss import run
-from benchmarks.loss.contenders import find_contenders, find_liger_budget, label, liger
+from bench.loss import run
+from bench.loss.contenders import find_contenders, find_liger_budget, label, liger
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = [sys.executable, "-m", "benchmarks.loss.run"]
+MODULE = [sys.executable, "-m", "bench.loss.run"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlprior.samples.grades import Grade, grades_of, write_grades
-from rlprior.samples.store import Sample, SampleStore, StoreKey
+from rlprior.sampling.grades import Grade, grades_of, write_grades
+from rlprior.sampling.store import Sample, SampleStore, StoreKey
 from rlprior.tasks.problem import Problem
 
 

@@ -17,17 +17,17 @@ from torch.nn.functional import logsigmoid
 
 from rlprior.config import RunError, UsageError, decode
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.evaluation import answers as answers_module
 from rlprior.models.causal_lm import build_model, load_model, load_tokenizer, save_model
 from rlprior.models.presets import ModelConfig
-from rlprior.models.sampler import Decoding
 from rlprior.posttraining.config import DPOConfig, SFTConfig
 from rlprior.posttraining.dpo import DPORunConfig, describe_pairs
 from rlprior.posttraining.pairs import make_pairs, read_graded
 from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.posttraining.trainer import Conductor
-from rlprior.runs import read_jsonl
-from rlprior.samples.grades import grades_of
+from rlprior.runs.files import read_jsonl
+from rlprior.sampling import answers as answers_module
+from rlprior.sampling.grades import grades_of
+from rlprior.sampling.sampler import Decoding
 from rlprior.seeding import shuffled_places
 from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.config import TaskConfig, load_task

@@ -11,8 +11,8 @@ from tests.posttraining.graded import make_sample, write_store
 
 from rlprior.config import RunError, UsageError
 from rlprior.posttraining.pairs import PairCounts, encode_pairs, make_pairs, read_graded
-from rlprior.samples.grades import Grade, grades_of
-from rlprior.samples.store import Sample
+from rlprior.sampling.grades import Grade, grades_of
+from rlprior.sampling.store import Sample
 
 
 def graded(**problems: str) -> tuple[list[Sample], list[Grade]]:

@@ -26,7 +26,7 @@ from rlprior.posttraining.config import SFTConfig, UpdatesConfig
 from rlprior.posttraining.examples import encode_example, load_completions, read_completions
 from rlprior.posttraining.sft import SFTRunConfig
 from rlprior.posttraining.trainer import Conductor
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.seeding import shuffled_places
 from rlprior.tasks.config import TaskConfig
 from rlprior.training import checkpoint as checkpoint_module

@@ -26,7 +26,7 @@ from rlprior.models.causal_lm import build_model, load_tokenizer, save_model
 from rlprior.rl import loop
 from rlprior.rl.config import LengthPhase
 from rlprior.rl.loop import RLRunConfig
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.study.plan import plan_study
 from rlprior.study.runner import execute
 from rlprior.tasks import verifier as verifier_module

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.small_study import last_checkpoint, rl_tables, run_cli, torchrun, train_small_model, write_toml
 
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 
 NUM_STEPS = 6
 

@@ -14,7 +14,7 @@ from rlprior.data.prepare import prepare
 from rlprior.models.causal_lm import build_model, load_tokenizer, save_model
 from rlprior.rl.config import LengthPhase
 from rlprior.rl.loop import RLRunConfig
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 
 CONFIG = study_config()
 REWARD = """

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from rlprior.config import RunError
-from rlprior.models.sampler import Response
 from rlprior.rl.config import LengthPhase, RLConfig
 from rlprior.rl.rollout import Group, PromptStream, Rollout, collect_rollout, rollout_metrics
+from rlprior.sampling.sampler import Response
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from rlprior.data.tokenizer import train_tokenizer
-from rlprior.models.sampler import Response
 from rlprior.rl.config import LengthPhase
 from rlprior.rl.rollout import Group
 from rlprior.rl.update import PolicyLogProbs, policy_update
+from rlprior.sampling.sampler import Response
 from rlprior.tasks.problem import Status, Verdict
 
 # trl switches gradient checkpointing on under the name that transformers is about to drop

@@ -12,12 +12,12 @@ from tests.small_study import GradientRecorder, Vocabulary, study_config
 from torch import Tensor
 
 from rlprior.models.causal_lm import build_model
-from rlprior.models.sampler import Response
 from rlprior.rl import update as update_module
 from rlprior.rl.config import LengthPhase, RLConfig
 from rlprior.rl.grpo import STD_EPSILON
 from rlprior.rl.rollout import Group
 from rlprior.rl.update import PolicyLogProbs, TrainingRow, policy_update, share_out
+from rlprior.sampling.sampler import Response
 from rlprior.tasks.problem import Status, Verdict
 
 MAX_NEW_TOKENS = 12

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlprior.models.sampler import Decoding, draw
+from rlprior.sampling.sampler import Decoding, draw
 
 
 @dataclass(kw_only=True)

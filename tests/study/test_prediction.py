@@ -11,7 +11,7 @@ from scipy import stats
 from tests.study.fake_study import PAPER_ARMS, SMALL, Effect, Size, make_fake_study
 
 from rlprior.config import UsageError
-from rlprior.samples.estimators import avg_at_m, signal_at_g
+from rlprior.statistics.estimators import avg_at_m, signal_at_g
 from rlprior.study.prediction import (
     _halves,
     predict,

@@ -18,7 +18,7 @@ from tests.small_study import find_run, study_config
 
 from rlprior import processes
 from rlprior.config import RunError, UsageError
-from rlprior.runs import read_progress
+from rlprior.runs.folder import read_progress
 from rlprior.study import runner
 from rlprior.study.plan import PlannedRun, plan_study
 from rlprior.study.results import load_study

@@ -12,8 +12,8 @@ from tests.tasks.hostile import FAMILIES, hostile_responses
 
 from rlprior.config import RunError, UsageError, decode
 from rlprior.rl.rollout import Group
-from rlprior.samples.grades import grade
-from rlprior.samples.store import Sample
+from rlprior.sampling.grades import grade
+from rlprior.sampling.store import Sample
 from rlprior.study.plan import task_inputs
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.problem import Problem, Status, Verdict

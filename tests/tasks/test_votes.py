@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlprior.samples.estimators import cons_at_m
+from rlprior.statistics.estimators import cons_at_m
 from rlprior.tasks.problem import Status
 from rlprior.tasks.votes import MAX_COMPARED_ANSWERS, Candidate, Compare, merge_answers
 

@@ -25,7 +25,7 @@ from rlprior.data.packing import PackedBatch
 from rlprior.models.causal_lm import build_model
 from rlprior.models.presets import ModelConfig
 from rlprior.objectives import RewardShaping
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.training import checkpoint as checkpoint_module
 from rlprior.training import language_model
 from rlprior.training.checkpoint import CheckpointSaver, last_good_checkpoint, restore_optimizer

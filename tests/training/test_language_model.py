@@ -19,7 +19,7 @@ from rlprior.data.packing import IGNORE_INDEX, Corpus, PackedBatch, PackedMixtur
 from rlprior.data.prepare import prepare
 from rlprior.models.causal_lm import build_model, load_tokenizer
 from rlprior.objectives import CrossEntropy, Objective, RewardShaping, SampledReward
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.study.plan import PlannedRun
 from rlprior.training import language_model
 from rlprior.training.checkpoint import checkpoint_directory, tokens_seen

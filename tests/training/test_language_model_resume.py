@@ -14,7 +14,7 @@ from rlprior.config import RunError
 from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
 from rlprior.objectives import Objective, RewardShaping, SampledReward
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.training import checkpoint as checkpoint_module
 from rlprior.training import language_model
 from rlprior.training.checkpoint import CheckpointSaver, checkpoint_directory

@@ -18,7 +18,7 @@ from rlprior.data.packing import Corpus
 from rlprior.data.prepare import prepare
 from rlprior.models.causal_lm import huggingface_config, new_model
 from rlprior.models.presets import PRESETS, ModelConfig, training_flops_per_token
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 from rlprior.study.plan import PlannedRun
 from rlprior.training import language_model, spikes
 from rlprior.training.checkpoint import checkpoint_directory, list_checkpoints

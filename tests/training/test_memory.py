@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.plan.run import CASE_KEYS, bytes_alive, measure, predict
+from bench.plan.run import CASE_KEYS, bytes_alive, measure, predict
 from tests.small_study import Vocabulary
 from torch.profiler import ProfilerActivity, profile
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from rlprior.config import RunError, UsageError
-from rlprior.runs import file_hash, sync_directory
+from rlprior.runs.files import file_hash, sync_directory
 
 Side = Literal["train", "held_out"]
 SIDES: tuple[Side, Side] = ("train", "held_out")

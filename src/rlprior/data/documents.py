@@ -16,8 +16,8 @@ from rlprior.config import RunError, UsageError
 from rlprior.data.config import DataConfig, SourceConfig, template_fields
 from rlprior.data.embedded import read_code, read_english
 from rlprior.data.megatron import megatron_files, read_megatron
-from rlprior.data.records import missing_field, read_hub, read_parquet
 from rlprior.data.tokenizer import decode_documents, load_tokenizer
+from rlprior.records import missing_field, read_hub, read_parquet
 from rlprior.tasks.config import TaskConfig, data_folder, load_task, resolve_path
 from rlprior.tasks.files import check_text, read_json_lines
 from rlprior.tasks.problem import Problem

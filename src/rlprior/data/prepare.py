@@ -36,7 +36,9 @@ from rlprior.data.tokenizer import (
     train_tokenizer,
 )
 from rlprior.processes import Pool, open_pool
-from rlprior.runs import Run, code_fingerprint, disk_errors, sync_directory, write_json
+from rlprior.runs.files import disk_errors, sync_directory, write_json
+from rlprior.runs.folder import Run
+from rlprior.runs.identity import code_fingerprint
 
 CODE = ("rlprior.data", "rlprior.tasks", "rlprior.seeding")
 BATCH_CHARACTERS = 2_000_000

@@ -11,7 +11,6 @@ import torch
 
 from rlprior.config import RunError, UsageError
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.evaluation.likelihood import BATCH_TOKENS
 from rlprior.models.causal_lm import (
     evaluation_mode,
     head_weight,
@@ -19,6 +18,7 @@ from rlprior.models.causal_lm import (
     logit_softcap,
     require_linear_head,
 )
+from rlprior.models.likelihood import BATCH_TOKENS
 from rlprior.objectives import CrossEntropy, linear_shaped_cross_entropy
 from rlprior.tasks.problem import LETTERS, Problem
 

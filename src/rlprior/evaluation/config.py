@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlprior.models.sampler import Decoding
+from rlprior.sampling.sampler import Decoding
 from rlprior.tasks.config import TaskConfig
 
 

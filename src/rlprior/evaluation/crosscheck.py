@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rlprior.config import RunError, UsageError
-from rlprior.evaluation.benchmarks.benchmark import load_benchmark
-from rlprior.evaluation.benchmarks.sources import read_source
-from rlprior.evaluation.benchmarks.suites import BENCHMARKS
 from rlprior.evaluation.harness import (
     NO_MATCH,
     TASK_FILES,
@@ -23,9 +20,12 @@ from rlprior.evaluation.harness import (
     make_document,
     require_harness,
 )
-from rlprior.evaluation.pools import read_pool
-from rlprior.samples.grades import Grade
-from rlprior.samples.store import Sample
+from rlprior.sampling.grades import Grade
+from rlprior.sampling.pools import read_pool
+from rlprior.sampling.store import Sample
+from rlprior.tasks.benchmarks.benchmark import load_benchmark
+from rlprior.tasks.benchmarks.sources import read_source
+from rlprior.tasks.benchmarks.suites import BENCHMARKS
 from rlprior.tasks.problem import UNGRADED, Status
 from rlprior.tasks.verify import canonical_answer, chosen_letter, find_answer
 

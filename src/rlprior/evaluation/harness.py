@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from rlprior.config import UsageError
-from rlprior.evaluation.benchmarks.prompts import gold_letter
-from rlprior.evaluation.benchmarks.sources import Record
+from rlprior.tasks.benchmarks.prompts import gold_letter
+from rlprior.tasks.benchmarks.sources import Record
 from rlprior.tasks.problem import LETTERS
 
 PACKAGE = "lm_eval"

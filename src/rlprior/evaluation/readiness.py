@@ -15,20 +15,21 @@ from rlprior.config import fingerprint
 from rlprior.data.packing import Corpus
 from rlprior.data.tokenizer import encode_prompt
 from rlprior.evaluation import stage
-from rlprior.evaluation.answers import answer_problems
 from rlprior.evaluation.choices import encode_continuation
 from rlprior.evaluation.config import EvaluationConfig
-from rlprior.evaluation.likelihood import (
+from rlprior.evaluation.token_statistics import summarise_tokens
+from rlprior.models.causal_lm import load_model, load_tokenizer
+from rlprior.models.likelihood import (
     HeldOutDocument,
     TokenMeasurements,
     held_out_documents,
     measure_tokens,
 )
-from rlprior.evaluation.token_statistics import summarise_tokens
-from rlprior.models.causal_lm import load_model, load_tokenizer
-from rlprior.runs import Run, read_jsonl, write_json
-from rlprior.samples.grades import grades_of
-from rlprior.samples.store import Sample, read_samples
+from rlprior.runs.files import read_jsonl, write_json
+from rlprior.runs.folder import Run
+from rlprior.sampling.answers import answer_problems
+from rlprior.sampling.grades import grades_of
+from rlprior.sampling.store import Sample, read_samples
 from rlprior.tasks.config import TaskConfig, data_folder, load_task
 from rlprior.tasks.problem import Problem, Status
 from rlprior.tasks.verifier import open_verifier

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from rlprior.data.packing import Corpus
-from rlprior.evaluation.answers import answer_problems, frequent_answers_baseline
 from rlprior.evaluation.config import Budget, EvaluationConfig
-from rlprior.evaluation.likelihood import (
+from rlprior.evaluation.token_statistics import summarise_tokens
+from rlprior.models.causal_lm import load_model, load_tokenizer
+from rlprior.models.likelihood import (
     HeldOutDocument,
     held_out_documents,
     measure_tokens,
     unigram_cross_entropy,
 )
-from rlprior.evaluation.token_statistics import summarise_tokens
-from rlprior.models.causal_lm import load_model, load_tokenizer
-from rlprior.runs import Run, read_jsonl, write_atomically
+from rlprior.runs.files import read_jsonl, write_atomically
+from rlprior.runs.folder import Run
+from rlprior.sampling.answers import answer_problems, frequent_answers_baseline
 from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.problem import UNGRADED, Problem
 from rlprior.tasks.verifier import open_verifier
@@ -30,7 +31,8 @@ from rlprior.world import ALONE
 CODE = (
     "rlprior.evaluation",
     "rlprior.tasks",
-    "rlprior.samples",
+    "rlprior.sampling",
+    "rlprior.statistics",
     "rlprior.objectives",
     "rlprior.models",
     "rlprior.data.corpus",

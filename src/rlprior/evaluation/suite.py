@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from rlprior.config import HOW, RunError, UsageError, fingerprint
-from rlprior.evaluation.answers import answer_problems, prompt_room
-from rlprior.evaluation.benchmarks.benchmark import Benchmark, load_benchmark
-from rlprior.evaluation.benchmarks.graders import open_grader
-from rlprior.evaluation.benchmarks.suites import BENCHMARKS, SUITES, Entry
 from rlprior.evaluation.choices import score_choices
 from rlprior.models.causal_lm import load_model, load_tokenizer
-from rlprior.models.sampler import Decoding
-from rlprior.runs import Run, code_fingerprint, write_json
+from rlprior.runs.files import write_json
+from rlprior.runs.folder import Run
+from rlprior.runs.identity import code_fingerprint
+from rlprior.sampling.answers import answer_problems, prompt_room
+from rlprior.sampling.sampler import Decoding
+from rlprior.tasks.benchmarks.benchmark import Benchmark, load_benchmark
+from rlprior.tasks.benchmarks.graders import open_grader
+from rlprior.tasks.benchmarks.suites import BENCHMARKS, SUITES, Entry
 from rlprior.tasks.config import data_folder
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import Verifier
@@ -33,7 +35,7 @@ from rlprior.training.engine import Precision
 from rlprior.world import ALONE
 
 CODE = (
-    "rlprior.evaluation.answers",
+    "rlprior.sampling.answers",
     "rlprior.evaluation.choices",
     "rlprior.data.tokenizer",
     "rlprior.models",
@@ -41,7 +43,7 @@ CODE = (
     "rlprior.seeding",
 )
 """What decides what is drawn and how probable it is; prompts and limits are kept with it, and checked."""
-COUNTING_CODE = ("rlprior.evaluation", "rlprior.tasks", "rlprior.samples")
+COUNTING_CODE = ("rlprior.evaluation", "rlprior.tasks", "rlprior.sampling", "rlprior.statistics")
 """What decides what it counts as: where that changes, what there is is counted anew."""
 SEED = 0
 """Questions and sampling are the same for every model."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rlprior.evaluation.likelihood import TokenMeasurements
+from rlprior.models.likelihood import TokenMeasurements
 
 QUANTILE_STEPS = 1000
 """Entropy quantiles are kept at so many even steps: a share of tokens read off them is right within one step, 0.001."""

@@ -252,3 +252,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `dtype`; None leaves them as they are."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)

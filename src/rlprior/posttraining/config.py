@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlprior.models.sampler import Decoding
 from rlprior.objectives import CrossEntropy, Objective, SampledReward
+from rlprior.sampling.sampler import Decoding
 from rlprior.tasks.config import TaskConfig
 from rlprior.training.schedule import ScheduleConfig
 from rlprior.training.update import OptimizerConfig

@@ -16,11 +16,11 @@ from typing import Any
 
 from rlprior.config import RunError, UsageError
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.evaluation.answers import answer_problems
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.posttraining.config import DPOConfig
 from rlprior.posttraining.pairs import Pair, PairCounts, encode_pairs, make_pairs, read_graded, write_pairs
-from rlprior.runs import Run
+from rlprior.runs.folder import Run
+from rlprior.sampling.answers import answer_problems
 from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.problem import Problem
 from rlprior.tasks.verifier import open_verifier
@@ -28,10 +28,9 @@ from rlprior.tasks.verifier import open_verifier
 CODE = (
     "rlprior.posttraining",
     "rlprior.data.tokenizer",
-    "rlprior.evaluation.answers",
-    "rlprior.evaluation.pools",
     "rlprior.tasks",
-    "rlprior.samples",
+    "rlprior.sampling",
+    "rlprior.statistics",
     "rlprior.objectives",
     "rlprior.models",
     "rlprior.training.checkpoint",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlprior.config import RunError, UsageError
-from rlprior.runs import read_jsonl, write_atomically
-from rlprior.samples.grades import Grade, grades_of, read_grades
-from rlprior.samples.store import Sample, read_samples
+from rlprior.runs.files import read_jsonl, write_atomically
+from rlprior.sampling.grades import Grade, grades_of, read_grades
+from rlprior.sampling.store import Sample, read_samples
 from rlprior.seeding import numpy_generator
 
 CORRECT = "correct"

@@ -10,7 +10,7 @@ from typing import Any
 from rlprior.models.causal_lm import load_tokenizer
 from rlprior.posttraining.config import SFTConfig
 from rlprior.posttraining.examples import encode_examples, load_completions
-from rlprior.runs import Run
+from rlprior.runs.folder import Run
 from rlprior.tasks.config import data_folder
 
 CODE = (

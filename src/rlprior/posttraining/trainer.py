@@ -26,7 +26,8 @@ from rlprior.config import RunError
 from rlprior.models.causal_lm import load_model, load_tokenizer
 from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
 from rlprior.posttraining.config import UpdatesConfig
-from rlprior.runs import Run, RunStopped, catch_termination
+from rlprior.runs.folder import Run
+from rlprior.runs.signals import RunStopped, catch_termination
 from rlprior.seeding import shuffled_places, stream_seed
 from rlprior.training.checkpoint import (
     CheckpointSaver,

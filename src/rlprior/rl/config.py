@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlprior.config import HOW
+from rlprior.sampling.engines import RolloutConfig
 from rlprior.tasks.config import TaskConfig
 from rlprior.training.engine import EngineConfig, Precision
 from rlprior.training.update import OptimizerConfig
@@ -24,29 +25,6 @@ class LengthPhase:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.until_step is not None and self.until_step < 1:
             raise ValueError(f"until_step must be at least 1, not {self.until_step}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Who draws the responses.
-
-    Args:
-        engine: 'builtin' is this package's sampler; 'vllm' runs vLLM on the trainer's GPUs.
-        max_rows: responses that 'builtin' draws at a time, whole groups; the keys and values of all of them are held at once.
-        gpu_memory_utilization: share of a GPU's memory that vLLM takes for its weights and cache, in (0, 1).
-    """
-
-    engine: Literal["builtin", "vllm"] = "builtin"
-    max_rows: int = field(default=512, metadata=HOW)
-    gpu_memory_utilization: float = field(default=0.3, metadata=HOW)
-
-    def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, not {self.max_rows}")
-        if not 0 < self.gpu_memory_utilization < 1:
-            raise ValueError(
-                f"gpu_memory_utilization must be above 0 and below 1, not {self.gpu_memory_utilization}"
-            )
 
 
 PAPER_LENGTHS = (LengthPhase(until_step=700, max_new_tokens=8192), LengthPhase(max_new_tokens=16384))

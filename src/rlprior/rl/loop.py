@@ -9,10 +9,11 @@ from typing import Any
 
 from rlprior.models.causal_lm import load_model, load_tokenizer, require_model_folder
 from rlprior.rl.config import RLConfig
-from rlprior.rl.engines import open_engine
 from rlprior.rl.rollout import PromptStream, Rollout, collect_rollout, rollout_metrics
 from rlprior.rl.update import PolicyLogProbs, policy_update
-from rlprior.runs import Run, RunStopped, catch_termination
+from rlprior.runs.folder import Run
+from rlprior.runs.signals import RunStopped, catch_termination
+from rlprior.sampling.engines import open_engine
 from rlprior.tasks.config import data_folder, load_task
 from rlprior.tasks.verifier import open_verifier
 from rlprior.training.checkpoint import (
@@ -28,7 +29,7 @@ from rlprior.training.update import Updater
 
 CODE = (
     "rlprior.rl.config",
-    "rlprior.rl.engines",
+    "rlprior.sampling.engines",
     "rlprior.rl.grpo",
     "rlprior.rl.loop",
     "rlprior.rl.rollout",

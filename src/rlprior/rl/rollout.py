@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rlprior.config import RunError
 from rlprior.data.tokenizer import encode_prompt
-from rlprior.models.sampler import Decoding, Response
 from rlprior.rl.config import RLConfig
-from rlprior.rl.engines import RolloutEngine
 from rlprior.rl.grpo import has_signal
+from rlprior.sampling.engines import RolloutEngine
+from rlprior.sampling.sampler import Decoding, Response
 from rlprior.seeding import shuffled_places, torch_generator
 from rlprior.tasks.problem import UNGRADED, Problem, Status, Verdict
 from rlprior.tasks.verifier import RULES, Verifier

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlprior.models.causal_lm import head_weight
-from rlprior.models.sampler import Response
 from rlprior.objectives import CrossEntropy, linear_shaped_cross_entropy
 from rlprior.rl.config import RLConfig
 from rlprior.rl.grpo import aggregation_weights, clipped_policy_loss, group_advantages, truncated_importance
 from rlprior.rl.rollout import Group, rewards_of
+from rlprior.sampling.sampler import Response
 from rlprior.training.engine import autocast
 from rlprior.training.update import Updater
 from rlprior.world import ALONE, World

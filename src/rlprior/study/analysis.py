@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlprior.samples.estimators import avg_at_m, pass_at_k
+from rlprior.statistics.comparisons import Comparison, Interval, Measurement, compare, difference, estimate
+from rlprior.statistics.estimators import avg_at_m, pass_at_k
 from rlprior.study.results import Checkpoint, Likelihood, Study, TaskScores
-from rlprior.study.statistics import Comparison, Interval, Measurement, compare, difference, estimate
 
 POINTS = 100.0
 NATS = "nats per token"

@@ -16,8 +16,8 @@ from rlprior.models.presets import num_parameters, training_flops_per_token
 from rlprior.posttraining import dpo, sft
 from rlprior.rl import loop
 from rlprior.rl.config import RLConfig
-from rlprior.rl.engines import check_engine
-from rlprior.runs import RunIdentity, identify, input_identity
+from rlprior.runs.identity import RunIdentity, identify, input_identity
+from rlprior.sampling.engines import check_engine
 from rlprior.study.config import StudyConfig
 from rlprior.tasks.config import TaskConfig, data_folder
 from rlprior.training import checkpoint, language_model

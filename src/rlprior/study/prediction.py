@@ -11,8 +11,8 @@ import numpy.typing as npt
 from scipy import stats
 
 from rlprior.config import UsageError
-from rlprior.samples.estimators import avg_at_m, pass_at_k, signal_at_g
 from rlprior.seeding import numpy_generator
+from rlprior.statistics.estimators import avg_at_m, pass_at_k, signal_at_g
 from rlprior.study.analysis import task_names
 from rlprior.study.results import Checkpoint, Study, TaskScores
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlprior.config import UsageError
+from rlprior.evaluation.judgement import check_group_size
 from rlprior.evaluation.readiness import ReadinessRunConfig
 from rlprior.models.causal_lm import require_model_folder
-from rlprior.runs import input_identity
+from rlprior.runs.identity import input_identity
 from rlprior.study.config import EvaluateFile
 from rlprior.study.plan import PlannedRun, plan_data, plan_run, task_inputs
-from rlprior.study.readiness import check_group_size
 
 _UNFIT_FOR_FOLDERS = re.compile(r"[^\w.]+")
 

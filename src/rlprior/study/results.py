@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlprior.config import RunError, UsageError
-from rlprior.runs import read_jsonl
+from rlprior.runs.files import read_jsonl
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -13,7 +13,10 @@ from typing import Any
 
 from rlprior.config import RunError, UsageError, encode
 from rlprior.processes import Pool, open_pool
-from rlprior.runs import Progress, Run, RunStopped, hardware, provenance, session_seconds, write_json
+from rlprior.runs.files import write_json
+from rlprior.runs.folder import Progress, Run, session_seconds
+from rlprior.runs.provenance import hardware, provenance
+from rlprior.runs.signals import RunStopped
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import DISTRIBUTED_STAGES, STAGES, PlannedRun, describe_model
 from rlprior.tracking import Trackers

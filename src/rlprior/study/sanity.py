@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlprior.statistics.comparisons import MIN_UNITS, effective_size
 from rlprior.study.analysis import Analysis, TaskAnalysis
 from rlprior.study.results import Study
-from rlprior.study.statistics import MIN_UNITS, effective_size
 
 MAX_UNIGRAM_RATIO = 0.5
 MIN_HELD_OUT_TOKENS = 50_000

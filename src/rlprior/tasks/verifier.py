@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from rlprior.config import RunError
-from rlprior.runs import code_fingerprint, input_identity
+from rlprior.runs.identity import code_fingerprint, input_identity
 from rlprior.tasks.canonical import canonical_answer, is_number
 from rlprior.tasks.config import TaskConfig
 from rlprior.tasks.equivalence import comparison_pair

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlprior.config import RunError, UsageError, fingerprint
 from rlprior.models.causal_lm import save_model
-from rlprior.runs import disk_errors, file_hash, sync_directory
+from rlprior.runs.files import disk_errors, file_hash, sync_directory
 from rlprior.world import ALONE, World
 
 PREFIX = "step-"

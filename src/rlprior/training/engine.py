@@ -7,7 +7,6 @@ loss_sum, sums = module(batch, objective)                  # the loss is inside:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from rlprior.config import UsageError
 from rlprior.data.packing import PackedBatch, attention_mask
-from rlprior.models.causal_lm import head_weight, packed_hidden_states
+from rlprior.models.causal_lm import autocast, head_weight, packed_hidden_states
 from rlprior.models.onednn import is_onednn_faster, multiply_with_onednn
 from rlprior.objectives import Objective, linear_shaped_cross_entropy
 from rlprior.world import World
@@ -104,11 +103,6 @@ class LanguageModelLoss(nn.Module):
             "target_rank": metrics.target_rank,
         }
         return loss, {name: torch.nansum(value.double()) for name, value in sums.items()}
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in `dtype`; None leaves them as they are."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def resolve_precision(precision: Precision, world: World) -> Literal["float32", "bfloat16"]:

@@ -20,7 +20,8 @@ from rlprior.models.balancing import ExpertBalancer
 from rlprior.models.causal_lm import build_model, load_model, load_tokenizer
 from rlprior.models.presets import ModelConfig
 from rlprior.objectives import CrossEntropy, Objective, SampledReward
-from rlprior.runs import Run, RunStopped, catch_termination
+from rlprior.runs.folder import Run
+from rlprior.runs.signals import RunStopped, catch_termination
 from rlprior.seeding import stream_seed, torch_generator
 from rlprior.training.checkpoint import (
     CheckpointSaver,
