@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands.test_mistakes import refused
 from tests.posttraining.graded import write_answers
 from tests.small_study import (
     files_below,
@@ -20,7 +21,6 @@ from tests.small_study import (
     train_tables,
     write_toml,
 )
-from tests.commands.test_mistakes import refused
 from tests.test_kill import TIMEOUT_SECONDS, kill_several_times, num_records, start, wait_until
 
 from rlprior.cli import main

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from tests.small_study import Killed, command, crash_on_call, environment, last_checkpoint
 
-from rlprior.runs import identity
 from rlprior.cli import main
 from rlprior.evaluation import suite as suite_module
 from rlprior.evaluation.compare import Metric, compare_evaluations, read_evaluation
 from rlprior.reports.suite_table import describe_results
+from rlprior.runs import identity
 from rlprior.sampling import answers as answers_module
 from rlprior.tasks import verifier as verifier_module
 from rlprior.tasks.benchmarks.suites import BENCHMARKS

@@ -45,7 +45,7 @@ def test_a_small_benchmark_from_end_to_end(tmp_path: Path):
 
 
 def test_the_documentation_quotes_the_results():
-    results = json.loads((ROOT / "benchmarks" / "results" / "loss-cpu.json").read_text())["results"]
+    results = json.loads((ROOT / "bench" / "results" / "loss-cpu.json").read_text())["results"]
     assert run.format_table(results) in (ROOT / "docs" / "loss.md").read_text(encoding="utf-8")
 
 

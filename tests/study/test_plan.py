@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tests.small_study import find_run, study_config
 
-from rlprior.runs import identity
 from rlprior.config import UsageError
+from rlprior.runs import identity
 from rlprior.study import plan as plan_module
 from rlprior.study.config import StudyConfig
 from rlprior.study.plan import plan_study

@@ -35,7 +35,7 @@ GRACE_SECONDS = 10.0
 """Of the clock, beyond twice the processor time: programs share the processors."""
 _NOTICE_SECONDS = 0.5
 """Until the threads of an interrupted call notice."""
-_PACKAGE = "rlprior/evaluation/code"
+_PACKAGE = "rlprior/tasks/code"
 _HARNESS = ("child.py", "isolation.py", "seccomp.py", "values.py")
 # What -I does where the environment is empty, but for the seed: the order of a set is the same in every process.
 _OPTIONS = ("-P", "-s", "-S", "-B")
