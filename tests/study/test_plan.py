@@ -132,7 +132,7 @@ def test_another_seed_is_another_run_on_the_same_corpus() -> None:
         ("rlprior.objectives", of_arms("ce", "sharp")),
         ("rlprior.rl.update", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[4:])),
         ("rlprior.evaluation", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[1::2])),
-        ("rlprior.sampling", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[1::2])),
+        ("rlprior.statistics", of_arms("ce", "sharp", stages=STAGES_OF_AN_ARM[1::2])),
         ("rlprior.data", {"data"} | of_arms("ce", "sharp")),
         ("rlprior.cli", set()),
     ],

@@ -40,7 +40,7 @@ from rlprior.runs.files import disk_errors, sync_directory, write_json
 from rlprior.runs.folder import Run
 from rlprior.runs.identity import code_fingerprint
 
-CODE = ("rlprior.data", "rlprior.tasks", "rlprior.seeding")
+CODE = ("rlprior.data", "rlprior.records", "rlprior.tasks", "rlprior.seeding")
 BATCH_CHARACTERS = 2_000_000
 COMMIT_TOKENS = 1 << 24
 """New tokens after which the disk's state goes on record: what a killed process loses, about 10 seconds of one core."""

@@ -17,6 +17,8 @@ CODE = (
     "rlprior.posttraining",
     "rlprior.data.tokenizer",
     "rlprior.tasks",
+    "rlprior.sampling",
+    "rlprior.statistics",
     "rlprior.objectives",
     "rlprior.integrations",
     "rlprior.models",

@@ -29,7 +29,7 @@ from rlprior.training.update import Updater
 
 CODE = (
     "rlprior.rl.config",
-    "rlprior.sampling.engines",
+    "rlprior.sampling",
     "rlprior.rl.grpo",
     "rlprior.rl.loop",
     "rlprior.rl.rollout",

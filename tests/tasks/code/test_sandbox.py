@@ -71,7 +71,7 @@ def remove_walls(sandbox: Sandbox, walls: Sequence[str]) -> None:
 
 
 def change(sandbox: Sandbox, name: str, before: str, after: str) -> None:
-    file = sandbox.directory / "harness" / "rlprior" / "evaluation" / "code" / name
+    file = sandbox.directory / "harness" / "rlprior" / "tasks" / "code" / name
     text = file.read_text()
     assert text.count(before) == 1
     file.write_text(text.replace(before, after))
