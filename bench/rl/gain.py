@@ -17,8 +17,9 @@ from typing import Any
 
 from scipy import stats
 
+from rlprior.evaluation.record import Record
 from rlprior.statistics.estimators import pass_at_k
-from rlprior.study.results import Checkpoint, Study, load_study
+from rlprior.study.results import Study, load_study
 
 LEVEL = 0.95
 
@@ -80,7 +81,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _final(study: Study, arm: str, seed: int, stage: str) -> Checkpoint:
+def _final(study: Study, arm: str, seed: int, stage: str) -> Record:
     found = study.final(arm, seed, stage)
     if found is None:
         raise SystemExit(
@@ -89,7 +90,7 @@ def _final(study: Study, arm: str, seed: int, stage: str) -> Checkpoint:
     return found
 
 
-def measure(checkpoint: Checkpoint, task: str) -> dict[str, float]:
+def measure(checkpoint: Record, task: str) -> dict[str, float]:
     """Of held-out problems, shares in points; entropy of the text in nats a token; response length in tokens."""
     scores, likelihood = checkpoint.tasks[task], checkpoint.likelihood
     assert likelihood is not None

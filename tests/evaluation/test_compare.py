@@ -58,7 +58,11 @@ def write_records(folder: Path, **tasks: dict[str, Any]) -> Path:
     """What `rlprior evaluate --config` writes: a record for each checkpoint, of which the last counts."""
     folder.mkdir(parents=True)
     last = {name: {**DECODING, **task} for name, task in tasks.items()}
-    records = [{"step": 0, "tasks": {"old": last}}, {"step": 8, "likelihood": {}, "tasks": last}]
+    shared = {"stage": "model", "tokens": 0, "likelihood": {}}
+    records = [
+        {**shared, "step": 0, "final": False, "tasks": {"old": benchmark([1], **DECODING)}},
+        {**shared, "step": 8, "final": True, "tasks": last},
+    ]
     (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
@@ -304,18 +308,18 @@ def spoilt(**changes: Any) -> str:
         ("results.json", "{", "results.json: not what `rlprior evaluate` writes ("),
         ("results.json", "[]", "results.json: not what"),
         ("results.json", '{"decoding": {}, "benchmarks": {}}', "no evaluation of benchmarks there"),
-        ("results.json", '{"decoding": {}, "benchmarks": {"x": {}}}', "(no 'problem_ids')"),
-        ("results.json", spoilt(num_correct=[1]), "(columns of different lengths)"),
-        ("results.json", spoilt(num_correct=[1, 9]), "(c must be between 0 and n)"),
+        ("results.json", '{"decoding": {}, "benchmarks": {"x": {}}}', "the field 'problem_ids' is missing"),
+        ("results.json", spoilt(num_correct=[1]), "task.num_correct must be 2 finite numbers"),
+        ("results.json", spoilt(num_correct=[1, 9]), "num_correct must lie between 0 and num_samples = 8"),
         ("results.json", spoilt(num_correct=[1, 0.5]), "whole numbers"),
-        ("results.json", spoilt(consensus=[0, 2]), "(consensus must lie between 0 and 1)"),
-        ("results.json", spoilt(problem_ids=["q", "q"]), "(a question stands there twice)"),
+        ("results.json", spoilt(consensus=[0, 2]), "consensus must lie between 0 and 1"),
+        ("results.json", spoilt(problem_ids=["q", "q"]), "ids must be there, and each once"),
         (
             "results.jsonl",
-            '{"step": 8, "likelihood": {}, "tasks": {}}\n',
+            '{"stage": "model", "step": 8, "tokens": 0, "final": true, "tasks": {}}\n',
             "no evaluation of benchmarks there",
         ),
-        ("results.jsonl", '{"step": 8}\n', "results.jsonl: not what `rlprior evaluate` writes (no 'tasks')"),
+        ("results.jsonl", '{"step": 8}\n', "results.jsonl:1: the field 'stage' is missing"),
     ],
 )
 def test_a_folder_that_is_no_evaluation_is_told_in_one_line(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from rlprior.config import UsageError
-from rlprior.runs.files import read_jsonl
+from rlprior.config import RunError, UsageError
+from rlprior.evaluation.record import SETTINGS, FloatArray, TaskScores, read_records
 from rlprior.statistics.estimators import avg_at_m, pass_at_k
 from rlprior.statistics.intervals import (
     LEVEL,
@@ -23,30 +19,6 @@ from rlprior.statistics.intervals import (
     sampling_difference,
     sampling_interval,
 )
-
-FloatArray = npt.NDArray[np.float64]
-
-SETTINGS = ("temperature", "top_p", "max_new_tokens", "precision", "metric", "num_shots", "version", "grader")
-"""What has to agree for a difference to be the models' alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What an evaluation says of one benchmark: columns with an entry for each question.
-
-    Attributes:
-        problem_ids: the questions.
-        num_samples: samples per question, m.
-        num_correct: correct ones, integers [n].
-        consensus: expected majority vote of the m samples, [n] in [0, 1]; None where there was no vote.
-        settings: what of `SETTINGS` the evaluation wrote down.
-    """
-
-    problem_ids: tuple[str, ...]
-    num_samples: int
-    num_correct: npt.NDArray[np.int64]
-    consensus: FloatArray | None
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,24 +56,23 @@ class Metric:
             "pass": f"{{}} answers in {self.k} {'try' if self.k == 1 else 'tries'}",
         }[self.name]
 
-    def values(self, scores: Scores, rows: Sequence[int]) -> FloatArray:
+    def values(self, scores: TaskScores, rows: Sequence[int]) -> FloatArray:
         """Score of each of these questions, in [0, 1]."""
         correct = scores.num_correct[list(rows)]
         if self.name == "avg":
             return avg_at_m(scores.num_samples, correct)
         if self.name == "pass":
             return pass_at_k(scores.num_samples, correct, self.k)
-        assert scores.consensus is not None
         return scores.consensus[list(rows)]
 
-    def obstacle(self, first: Scores, second: Scores) -> str:
+    def obstacle(self, first: TaskScores, second: TaskScores) -> str:
         """Why a benchmark cannot be compared by this metric; empty where it can."""
         fewest = min(first.num_samples, second.num_samples)
         if self.name == "pass" and fewest < self.k:
             return f"{self} needs {self.k} samples of a question and there are {fewest}"
         if self.name == "cons" and first.num_samples != second.num_samples:
             return f"votes among {first.num_samples} and among {second.num_samples} samples are no comparison"
-        if self.name == "cons" and (first.consensus is None or second.consensus is None):
+        if self.name == "cons" and not (len(first.consensus) and len(second.consensus)):
             return "no votes were counted"
         return ""
 
@@ -143,59 +114,25 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def read_evaluation(folder: Path) -> dict[str, Scores]:
-    """Scores of each benchmark, from what `rlprior evaluate` wrote into `folder`.
+def read_evaluation(folder: Path) -> Mapping[str, TaskScores]:
+    """TaskScores of each task and benchmark of the last checkpoint that `rlprior evaluate` measured into `folder`.
 
     Raises:
         UsageError: the folder is no evaluation, or holds no benchmarks.
     """
-    suite, stage = folder / "results.json", folder / "results.jsonl"
-    path = suite if suite.is_file() else stage
     try:
-        if path == suite:
-            record = json.loads(suite.read_text())
-            shared, benchmarks = record["decoding"], record["benchmarks"]
-        else:
-            records = read_jsonl(stage)
-            shared, benchmarks = {}, records[-1]["tasks"] if records else {}
-        found = {
-            # likelihoods are not sampled, whatever the decoding
-            name: _read_scores(entry if entry.get("metric") == "likelihood" else {**shared, **entry})
-            for name, entry in benchmarks.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"{path}: not what `rlprior evaluate` writes ({what})") from error
-    if not found:
+        records = read_records(folder)
+    except RunError as error:
+        raise UsageError(f"{error}; give a folder that `rlprior evaluate` wrote") from error
+    if not records or not records[-1].tasks:
         raise UsageError(
             f"{folder}: no evaluation of benchmarks there; give a folder that `rlprior evaluate` wrote"
         )
-    return found
-
-
-def _read_scores(entry: Mapping[str, Any]) -> Scores:
-    ids = tuple(entry["problem_ids"])
-    correct = np.array(entry["num_correct"])
-    # empty where nothing votes: programs, instructions
-    consensus = np.array(entry["consensus"], dtype=np.float64) if entry.get("consensus") else None
-    if len(correct) != len(ids) or (consensus is not None and len(consensus) != len(ids)):
-        raise ValueError("columns of different lengths")
-    if consensus is not None and not ((consensus >= 0) & (consensus <= 1)).all():
-        raise ValueError("consensus must lie between 0 and 1")
-    if len(set(ids)) != len(ids):
-        raise ValueError("a question stands there twice")
-    avg_at_m(entry["num_samples"], correct)  # refuses counts that cannot be
-    return Scores(
-        problem_ids=ids,
-        num_samples=entry["num_samples"],
-        num_correct=correct,
-        consensus=consensus,
-        settings={name: entry[name] for name in SETTINGS if name in entry},
-    )
+    return records[-1].tasks
 
 
 def compare_evaluations(
-    first: Mapping[str, Scores], second: Mapping[str, Scores], metric: Metric
+    first: Mapping[str, TaskScores], second: Mapping[str, TaskScores], metric: Metric
 ) -> Comparison:
     """Second minus first on each benchmark that both have, paired by question.
 
@@ -208,7 +145,7 @@ def compare_evaluations(
         for name in mine
         if name not in other
     ]
-    pairs: dict[str, tuple[Scores, Scores, list[tuple[int, int]]]] = {}
+    pairs: dict[str, tuple[TaskScores, TaskScores, list[tuple[int, int]]]] = {}
     for name in (name for name in first if name in second):
         left, right = first[name], second[name]
         position = {problem: index for index, problem in enumerate(right.problem_ids)}
@@ -234,7 +171,7 @@ def _gather_notes(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(f"{', '.join(of)}: {note}" for note, of in names.items())
 
 
-def _describe_mismatches(left: Scores, right: Scores, num_common: int) -> list[str]:
+def _describe_mismatches(left: TaskScores, right: TaskScores, num_common: int) -> list[str]:
     found = []
     for label, one in (("A", left), ("B", right)):
         if len(one.problem_ids) > num_common:
@@ -252,7 +189,7 @@ def _describe_mismatches(left: Scores, right: Scores, num_common: int) -> list[s
 
 
 def _compare_pairs(
-    pairs: Mapping[str, tuple[Scores, Scores, list[tuple[int, int]]]], metric: Metric
+    pairs: Mapping[str, tuple[TaskScores, TaskScores, list[tuple[int, int]]]], metric: Metric
 ) -> tuple[Row, ...]:
     measured = []
     for left, right, common in pairs.values():
@@ -278,7 +215,7 @@ def _compare_pairs(
     )
 
 
-def _noise(scores: Scores, places: Sequence[int], metric: Metric) -> Interval | None:
+def _noise(scores: TaskScores, places: Sequence[int], metric: Metric) -> Interval | None:
     if metric.name == "cons" or scores.num_samples < 2 * metric.k:
         return None
     return sampling_interval(scores.num_samples, scores.num_correct[list(places)], metric.k)

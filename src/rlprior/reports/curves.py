@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlprior.evaluation.record import Record, TaskScores
 from rlprior.statistics.comparisons import Interval, Measurement, difference, estimate
 from rlprior.study.analysis import measure_documents, measure_questions, to_perplexity
-from rlprior.study.results import Checkpoint, Study, TaskScores
+from rlprior.study.results import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Curve:
     last: Interval | None = None
 
 
-Measure = Callable[[Checkpoint], Measurement | None]
+Measure = Callable[[Record], Measurement | None]
 
 
 def text_curves(study: Study, quantity: str, *, against_baseline: bool = False) -> list[Curve]:
@@ -43,7 +44,7 @@ def text_curves(study: Study, quantity: str, *, against_baseline: bool = False) 
     name = "cross_entropy" if quantity == "perplexity" else quantity
     shared = shared_documents(study)
 
-    def measure(checkpoint: Checkpoint) -> Measurement | None:
+    def measure(checkpoint: Record) -> Measurement | None:
         if checkpoint.likelihood is None:
             return None
         return _restrict(measure_documents(checkpoint.likelihood, name), shared)
@@ -67,7 +68,7 @@ def rl_curves(study: Study, task: str, score: str, k: int, num_samples: int | No
     """
     shared = shared_questions(study, task)
 
-    def measure(checkpoint: Checkpoint) -> Measurement | None:
+    def measure(checkpoint: Record) -> Measurement | None:
         scores = checkpoint.tasks.get(task)
         if scores is None or (num_samples is not None and scores.num_samples != num_samples):
             return None
@@ -214,13 +215,13 @@ def _restrict(one: Measurement, ids: frozenset[str]) -> Measurement:
 
 
 def _measure_task(
-    checkpoint: Checkpoint, task: str, score: str, k: int, shared: frozenset[str]
+    checkpoint: Record, task: str, score: str, k: int, shared: frozenset[str]
 ) -> Measurement | None:
     scores = checkpoint.tasks.get(task)
     return _restrict(measure_questions(scores, score, k), shared) if scores else None
 
 
-def _start_of_rl(study: Study, arm: str, seed: int) -> Checkpoint | None:
+def _start_of_rl(study: Study, arm: str, seed: int) -> Record | None:
     stages = [stage for stage in study.stages if stage != "rl"]
     return study.final(arm, seed, stages[-1]) if stages else None
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlprior.evaluation.record import Likelihood, Record, TaskScores
 from rlprior.statistics.comparisons import Comparison, Interval, Measurement, compare, difference, estimate
 from rlprior.statistics.estimators import avg_at_m, pass_at_k
-from rlprior.study.results import Checkpoint, Likelihood, Study, TaskScores
+from rlprior.study.results import Study
 
 POINTS = 100.0
 NATS = "nats per token"
@@ -167,7 +168,7 @@ def task_names(study: Study) -> list[str]:
     return list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tasks))
 
 
-def _finals(study: Study, stage: str | None, arm: str) -> dict[int, Checkpoint]:
+def _finals(study: Study, stage: str | None, arm: str) -> dict[int, Record]:
     """Final evaluation of an arm's stage by seed, as far as finished."""
     found = {seed: study.final(arm, seed, stage) for seed in study.seeds} if stage else {}
     return {seed: checkpoint for seed, checkpoint in found.items() if checkpoint is not None}

@@ -11,10 +11,11 @@ import numpy.typing as npt
 from scipy import stats
 
 from rlprior.config import UsageError
+from rlprior.evaluation.record import Record, TaskScores
 from rlprior.seeding import numpy_generator
 from rlprior.statistics.estimators import avg_at_m, pass_at_k, signal_at_g
 from rlprior.study.analysis import task_names
-from rlprior.study.results import Checkpoint, Study, TaskScores
+from rlprior.study.results import Study
 
 LEVEL = 0.95
 MIN_RUNS = 10
@@ -55,8 +56,8 @@ class _Run:
     """One arm under one seed, before and after RL."""
 
     seed: int
-    before: Checkpoint
-    after: Checkpoint
+    before: Record
+    after: Record
 
 
 def predict(study: Study, *, group_size: int) -> list[Prediction]:
@@ -146,7 +147,7 @@ def _halves(scores: TaskScores) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     return np.sort(order[: num_questions // 2]), np.sort(order[num_questions // 2 :])
 
 
-def _per_token(checkpoint: Checkpoint, name: str) -> float:
+def _per_token(checkpoint: Record, name: str) -> float:
     likelihood = checkpoint.likelihood
     if likelihood is None:
         return math.nan
